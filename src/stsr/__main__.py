@@ -1,0 +1,6 @@
+"""``python -m stsr``."""
+
+from stsr.cli.app import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Sections, grids, measurements and tiles: everything that knows where things lie."""

@@ -1,0 +1,192 @@
+"""The grid: bins and their place in um. All arithmetic between micrometres and bins lives here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+LR_UM = 100.0
+"""Pitch of the low-resolution raster: the spot distance of Visium."""
+
+_SNAP = 1e-6  # um; closer than this to a bin edge is on the edge
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A raster of square bins in the section's plane.
+
+    Bin ``(row, column)`` covers ``[x0_um + column * bin_um, x0_um + (column + 1) * bin_um)`` and the same in y,
+    so whole-number bin coordinates are bin *corners* and centres lie at halves.
+
+    Parameters
+    ----------
+    x0_um, y0_um
+        Corner of bin (0, 0), um.
+    bin_um
+        Side of a bin, um.
+    height, width
+        Number of bins in y and x.
+
+    Raises
+    ------
+    ValueError
+        If the bin size is not positive or the grid has no bin.
+    """
+
+    x0_um: float
+    y0_um: float
+    bin_um: float
+    height: int
+    width: int
+
+    def __post_init__(self):
+        if not self.bin_um > 0:
+            raise ValueError(f"a bin must have a positive size, not {self.bin_um} um")
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"a grid needs at least one bin, not {self.height} x {self.width}")
+
+    @classmethod
+    def covering(cls, bounds_um: tuple[float, float, float, float], bin_um: float, lr_um: float = LR_UM) -> Grid:
+        """The smallest grid over ``(x0, y0, x1, y1)`` made of whole low-resolution pixels.
+
+        It starts at the bounds' own corner: sections keep their origin, wherever the instrument put it.
+
+        Raises
+        ------
+        ValueError
+            If bins do not nest in the low-resolution pixel.
+        """
+        per_lr = bins_per_lr(bin_um, lr_um)
+        x0, y0, x1, y1 = bounds_um
+        columns = max(1, int(np.ceil((x1 - x0) / lr_um - _SNAP)))
+        rows = max(1, int(np.ceil((y1 - y0) / lr_um - _SNAP)))
+        return cls(float(x0), float(y0), float(bin_um), rows * per_lr, columns * per_lr)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) in bins."""
+        return self.height, self.width
+
+    @property
+    def bounds_um(self) -> tuple[float, float, float, float]:
+        """(x0, y0, x1, y1), um."""
+        return (
+            self.x0_um,
+            self.y0_um,
+            self.x0_um + self.width * self.bin_um,
+            self.y0_um + self.height * self.bin_um,
+        )
+
+    @property
+    def bin_to_um(self) -> np.ndarray:
+        """Affine (3, 3) from (column, row, 1) in bins to (x, y, 1) in um."""
+        return np.array([[self.bin_um, 0, self.x0_um], [0, self.bin_um, self.y0_um], [0, 0, 1.0]])
+
+    def rows_columns(self, x_um, y_um) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bin of each point.
+
+        Parameters
+        ----------
+        x_um, y_um
+            Coordinates (n,), um.
+
+        Returns
+        -------
+        rows, columns, inside
+            Indices (n,) as int64 and whether each point lies in the grid; indices outside are meaningless.
+        """
+        columns = np.floor((np.asarray(x_um, dtype=np.float64) - self.x0_um) / self.bin_um).astype(np.int64)
+        rows = np.floor((np.asarray(y_um, dtype=np.float64) - self.y0_um) / self.bin_um).astype(np.int64)
+        inside = (rows >= 0) & (rows < self.height) & (columns >= 0) & (columns < self.width)
+        return rows, columns, inside
+
+    def centres_um(self) -> tuple[np.ndarray, np.ndarray]:
+        """x (width,) and y (height,) of the bin centres, um."""
+        return (
+            self.x0_um + (np.arange(self.width) + 0.5) * self.bin_um,
+            self.y0_um + (np.arange(self.height) + 0.5) * self.bin_um,
+        )
+
+    def at(self, bin_um: float) -> Grid:
+        """The same area with another bin size.
+
+        Raises
+        ------
+        ValueError
+            If the area is not a whole number of the new bins.
+        """
+        height = self.height * self.bin_um / bin_um
+        width = self.width * self.bin_um / bin_um
+        if abs(height - round(height)) > _SNAP * height or abs(width - round(width)) > _SNAP * width:
+            raise ValueError(f"{self.height} x {self.width} bins of {self.bin_um} um do not divide into {bin_um} um")
+        return Grid(self.x0_um, self.y0_um, float(bin_um), round(height), round(width))
+
+    def window(self, row: int, column: int, height: int, width: int) -> Grid:
+        """The grid of a window whose first bin is (row, column); it may stick out."""
+        return Grid(
+            self.x0_um + column * self.bin_um, self.y0_um + row * self.bin_um, self.bin_um, int(height), int(width)
+        )
+
+    def offset_of(self, other: Grid) -> tuple[int, int]:
+        """Row and column, here, of the first bin of ``other``.
+
+        Raises
+        ------
+        ValueError
+            If the two grids' bins do not coincide.
+        """
+        column = (other.x0_um - self.x0_um) / self.bin_um
+        row = (other.y0_um - self.y0_um) / self.bin_um
+        aligned = max(abs(column - round(column)), abs(row - round(row))) < 1e-3
+        if not aligned or abs(self.bin_um - other.bin_um) > _SNAP:
+            raise ValueError("the bins of these grids do not coincide")
+        return round(row), round(column)
+
+    def crop_um(self, x0: float, y0: float, x1: float, y1: float, lr_um: float = LR_UM) -> Grid:
+        """The window of whole low-resolution pixels that covers a region (um), clipped to the grid.
+
+        Raises
+        ------
+        ValueError
+            If the region does not meet the grid.
+        """
+        per_lr = bins_per_lr(self.bin_um, lr_um)
+        first_column = int(np.clip(np.floor((x0 - self.x0_um) / lr_um + _SNAP), 0, self.width // per_lr))
+        first_row = int(np.clip(np.floor((y0 - self.y0_um) / lr_um + _SNAP), 0, self.height // per_lr))
+        last_column = int(np.clip(np.ceil((x1 - self.x0_um) / lr_um - _SNAP), 0, self.width // per_lr))
+        last_row = int(np.clip(np.ceil((y1 - self.y0_um) / lr_um - _SNAP), 0, self.height // per_lr))
+        if last_row <= first_row or last_column <= first_column:
+            raise ValueError("the region lies outside the section")
+        return self.window(
+            first_row * per_lr,
+            first_column * per_lr,
+            (last_row - first_row) * per_lr,
+            (last_column - first_column) * per_lr,
+        )
+
+
+def bins_per_lr(bin_um: float, lr_um: float = LR_UM) -> int:
+    """How many bins make one low-resolution pixel, along a side.
+
+    Raises
+    ------
+    ValueError
+        If the bins do not nest.
+    """
+    per_lr = lr_um / bin_um
+    if abs(per_lr - round(per_lr)) > _SNAP or round(per_lr) < 1:
+        raise ValueError(f"bins of {bin_um} um do not nest in {lr_um:g} um")
+    return round(per_lr)
+
+
+def add_up(values: np.ndarray, factor: int) -> np.ndarray:
+    """Sum blocks of ``factor`` x ``factor`` bins: (..., y, x) -> (..., y / factor, x / factor).
+
+    Works for numpy arrays and torch tensors alike: counts at 10 um become counts at 20 um exactly.
+    """
+    if factor == 1:
+        return values
+    *lead, height, width = values.shape
+    blocks = values.reshape(*lead, height // factor, factor, width // factor, factor)
+    return blocks.sum(-1).sum(-2)  # (..., y / factor, x / factor)
