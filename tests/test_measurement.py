@@ -56,7 +56,9 @@ def test_a_uniform_density_gives_a_uniform_raster(make):
 def test_raster_of_sparse_counts_equals_that_of_dense_ones(maps):
     measurement = Measurement.hexagonal(GRID)
     counts = measurement.add_up(maps)
-    np.testing.assert_allclose(measurement.raster(sp.csr_matrix(counts))[0], measurement.raster(counts)[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        measurement.raster(sp.csr_matrix(counts))[0], measurement.raster(counts)[0], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("make", [Measurement.squares, Measurement.hexagonal])

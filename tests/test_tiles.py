@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ def test_tiles_cover_the_grid_with_the_overlap(height, width):
             seen[tile.row : tile.row + tile.height, tile.column : tile.column + tile.width] += 1
     assert seen[:height, :width].min() >= 1
     rows = [band[0].row for band in bands]
-    assert all(b - a <= 40 for a, b in zip(rows, rows[1:], strict=False))
+    assert all(b - a <= 40 for a, b in pairwise(rows))
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 60), (30, 50), (130, 170), (400, 60)])

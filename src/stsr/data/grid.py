@@ -47,7 +47,9 @@ class Grid:
             raise ValueError(f"a grid needs at least one bin, not {self.height} x {self.width}")
 
     @classmethod
-    def covering(cls, bounds_um: tuple[float, float, float, float], bin_um: float, lr_um: float = LR_UM) -> Grid:
+    def covering(
+        cls, bounds_um: tuple[float, float, float, float], bin_um: float, lr_um: float = LR_UM
+    ) -> Grid:
         """The smallest grid over ``(x0, y0, x1, y1)`` made of whole low-resolution pixels.
 
         It starts at the bounds' own corner: sections keep their origin, wherever the instrument put it.
@@ -119,13 +121,19 @@ class Grid:
         height = self.height * self.bin_um / bin_um
         width = self.width * self.bin_um / bin_um
         if abs(height - round(height)) > _SNAP * height or abs(width - round(width)) > _SNAP * width:
-            raise ValueError(f"{self.height} x {self.width} bins of {self.bin_um} um do not divide into {bin_um} um")
+            raise ValueError(
+                f"{self.height} x {self.width} bins of {self.bin_um} um do not divide into {bin_um} um"
+            )
         return Grid(self.x0_um, self.y0_um, float(bin_um), round(height), round(width))
 
     def window(self, row: int, column: int, height: int, width: int) -> Grid:
         """The grid of a window whose first bin is (row, column); it may stick out."""
         return Grid(
-            self.x0_um + column * self.bin_um, self.y0_um + row * self.bin_um, self.bin_um, int(height), int(width)
+            self.x0_um + column * self.bin_um,
+            self.y0_um + row * self.bin_um,
+            self.bin_um,
+            int(height),
+            int(width),
         )
 
     def offset_of(self, other: Grid) -> tuple[int, int]:

@@ -14,7 +14,9 @@ from stsr.data.grid import LR_UM, Grid
 VISIUM_SPOT_UM = 55.0
 VISIUM_PITCH_UM = 100.0
 _SUBSAMPLES = 16  # per side of a bin, for the part of a bin that a disc covers: good to 0.4 % of a bin
-_REACH = 0.75  # of the spot pitch: how far a spot speaks for its surroundings; just over half a square's diagonal
+_REACH = (
+    0.75  # of the spot pitch: how far a spot speaks for its surroundings; just over half a square's diagonal
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,16 @@ class Measurement:
         if centres_um is None:
             x, y = grid.at(side_um).centres_um()
             centres_um = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
-        return cls(grid, _coverage(grid, centres_um, _square_fraction, side_um), np.asarray(centres_um, float))
+        return cls(
+            grid, _coverage(grid, centres_um, _square_fraction, side_um), np.asarray(centres_um, float)
+        )
 
     @classmethod
     def discs(cls, grid: Grid, centres_um: np.ndarray, diameter_um: float = VISIUM_SPOT_UM) -> Measurement:
         """Round spots, as Visium (55 um) and first-generation ST (100 um) have them."""
-        return cls(grid, _coverage(grid, centres_um, _disc_fraction, diameter_um), np.asarray(centres_um, float))
+        return cls(
+            grid, _coverage(grid, centres_um, _disc_fraction, diameter_um), np.asarray(centres_um, float)
+        )
 
     @classmethod
     def hexagonal(
@@ -89,7 +95,9 @@ class Measurement:
         flat = maps.reshape(len(maps), -1)  # (g, bins)
         return self.matrix @ flat.T
 
-    def correct(self, maps: np.ndarray, counts: np.ndarray, tolerance: float = 1e-3, rounds: int = 50) -> float:
+    def correct(
+        self, maps: np.ndarray, counts: np.ndarray, tolerance: float = 1e-3, rounds: int = 50
+    ) -> float:
         """Make maps add up to what was measured, in place: ``x <- x A^T(y / Ax) / A^T 1`` until they do.
 
         Bins that no spot sees keep their values. A spot that measured something where the map has nothing gets it
@@ -169,7 +177,9 @@ class Measurement:
             (1, h, w) float32. Where the mask is 0, lr is 0.
         """
         weights, mask = self._raster_weights(lr_um)
-        lr = np.asarray((weights @ counts).todense() if sp.issparse(counts) else weights @ counts)  # (pixels, g)
+        lr = np.asarray(
+            (weights @ counts).todense() if sp.issparse(counts) else weights @ counts
+        )  # (pixels, g)
         return lr.T.reshape(-1, *mask.shape).astype(np.float32), mask[None].astype(np.float32)
 
     def _raster_weights(self, lr_um: float) -> tuple[sp.csr_matrix, np.ndarray]:
@@ -185,13 +195,17 @@ class Measurement:
             (1.0 / area[spot[spoken]], (pixel.ravel()[spoken], spot[spoken])),
             shape=(coarse.height * coarse.width, self.spots),
         ).tocsr()
-        covered = np.bincount(pixel.ravel(), weights=spoken, minlength=coarse.height * coarse.width) / per_lr**2
+        covered = (
+            np.bincount(pixel.ravel(), weights=spoken, minlength=coarse.height * coarse.width) / per_lr**2
+        )
         scale = np.divide(1.0, covered, out=np.zeros_like(covered), where=covered > 0)
         return sp.diags(scale) @ share, covered.reshape(coarse.shape)
 
 
 def hexagonal_lattice(
-    bounds_um: tuple[float, float, float, float], pitch_um: float = VISIUM_PITCH_UM, diameter_um: float = VISIUM_SPOT_UM
+    bounds_um: tuple[float, float, float, float],
+    pitch_um: float = VISIUM_PITCH_UM,
+    diameter_um: float = VISIUM_SPOT_UM,
 ) -> np.ndarray:
     """Centres (n, 2) of a hexagonal lattice whose discs lie inside the bounds, row by row, um."""
     x0, y0, x1, y1 = bounds_um
@@ -208,7 +222,9 @@ def _square_fraction(dx: np.ndarray, dy: np.ndarray, bin_um: float, side_um: flo
     """Part of a bin at (dx, dy) from a square's centre that the square covers, exactly."""
 
     def overlap(d):
-        return np.clip(np.minimum(d + bin_um / 2, side_um / 2) - np.maximum(d - bin_um / 2, -side_um / 2), 0, None)
+        return np.clip(
+            np.minimum(d + bin_um / 2, side_um / 2) - np.maximum(d - bin_um / 2, -side_um / 2), 0, None
+        )
 
     return overlap(dx) * overlap(dy) / bin_um**2
 

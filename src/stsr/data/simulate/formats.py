@@ -64,7 +64,7 @@ def xoa_layout(version: str) -> XoaLayout:
         If the version is no number, or 4 or newer, which is not covered.
     """
     try:
-        major, minor = (int(part) for part in (version.split(".") + ["0"])[:2])
+        major, minor = (int(part) for part in [*version.split("."), "0"][:2])
     except ValueError:
         raise ValueError(
             f"no version of the Xenium Onboard Analysis: {version!r}; write for example 3.0"
