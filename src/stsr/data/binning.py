@@ -1,0 +1,109 @@
+"""Streamed counting: transcripts come in chunks, counts of genes in places go out in blocks of genes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import numpy as np
+
+from stsr.errors import StsrError
+
+GENES_PER_BLOCK = 16  # as the store's chunks: a block is written once
+_KEY_LIMIT = 2**32
+
+
+class Counter:
+    """Counts of genes in places (bins, or spots), in bounded memory.
+
+    Each transcript becomes one 4-byte key in an unlinked temporary file, sorted by blocks of genes; a block is
+    counted when it is asked for. Memory is one chunk and one block, however many transcripts or genes there are, and
+    nothing is left behind however the process ends.
+
+    Parameters
+    ----------
+    genes, places
+        How many there are.
+
+    Raises
+    ------
+    ValueError
+        If a key of 4 bytes cannot name every gene of a block in every place.
+    """
+
+    def __init__(self, genes: int, places: int):
+        if places * GENES_PER_BLOCK >= _KEY_LIMIT:
+            raise ValueError(f"{places} places are too many; use larger bins")
+        self.genes = genes
+        self.places = places
+        self.blocks = -(-genes // GENES_PER_BLOCK)
+        self.per_place = np.zeros(places, np.int64)
+        self.per_gene = np.zeros(genes, np.int64)
+        self._spool = tempfile.TemporaryFile(prefix="stsr-")  # noqa: SIM115 - lives with self
+        self._ends: list[np.ndarray] = []  # of each block in each chunk, in keys from the start of the file
+        self._written = 0
+
+    def add(self, gene: np.ndarray, place: np.ndarray) -> None:
+        """Count one transcript for each pair of a gene index and a place index (n,)."""
+        gene = gene.astype(np.uint32, copy=False)
+        np.add.at(self.per_place, place, 1)
+        self.per_gene += np.bincount(gene, minlength=self.genes)
+        key = (gene % GENES_PER_BLOCK) * np.uint32(self.places) + place.astype(np.uint32)
+        # Eight or sixteen bits make numpy's stable sort a radix sort, ten times faster than sorting keys.
+        block = (gene // GENES_PER_BLOCK).astype(np.uint8 if self.blocks <= 256 else np.uint16)
+        order = np.argsort(block, kind="stable")
+        try:
+            self._spool.write(key[order])
+            self._spool.flush()
+        except OSError as error:
+            where = tempfile.gettempdir()
+            raise StsrError(
+                f"no space for temporary files in {where}; set TMPDIR to a larger disk"
+            ) from error
+        self._ends.append(self._written + np.cumsum(np.bincount(block, minlength=self.blocks)))
+        self._written += len(key)
+
+    def block(self, number: int, dtype=np.uint32) -> np.ndarray:
+        """Counts of block ``number``: (genes in block, places). Safe to call from several threads."""
+        counts = np.zeros((self._genes_in(number), self.places), dtype)
+        flat = counts.reshape(-1)
+        for keys in self._keys(number):
+            np.add.at(flat, keys, dtype(1))
+        return counts
+
+    def grouped(self, number: int, group: np.ndarray, groups: int) -> np.ndarray:
+        """Counts of block ``number`` in groups of places: (genes in block, groups) uint32.
+
+        Parameters
+        ----------
+        number
+            Of the block.
+        group
+            Group of each place (places,), below ``groups``.
+        groups
+            How many there are.
+        """
+        counts = np.zeros((self._genes_in(number), groups), np.uint32)
+        flat, places = counts.reshape(-1), np.uint32(self.places)
+        group = group.astype(np.uint32)
+        for keys in self._keys(number):
+            gene = keys // places
+            np.add.at(flat, gene * np.uint32(groups) + group[keys - gene * places], np.uint32(1))
+        return counts
+
+    @property
+    def dtype(self) -> type:
+        """The smallest type that surely holds every count: a place's total bounds each gene in it."""
+        return np.uint16 if self.per_place.max(initial=0) < 2**16 else np.uint32
+
+    def _genes_in(self, number: int) -> int:
+        return min(GENES_PER_BLOCK, self.genes - number * GENES_PER_BLOCK)
+
+    def _keys(self, number: int):
+        start = 0
+        for ends in self._ends:
+            first = ends[number - 1] if number else start
+            size = int(ends[number] - first) * 4
+            if size:
+                yield np.frombuffer(os.pread(self._spool.fileno(), size, int(first) * 4), np.uint32)
+            start = ends[-1]

@@ -1,0 +1,72 @@
+"""Files as people hand them over: found by pattern, and refused in a sentence when they are damaged."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+from stsr.errors import StsrError
+
+_OUR_OWN = (StsrError, MemoryError)
+
+
+@contextmanager
+def reading(path: Path):
+    """Turn whatever a damaged file raises while it is read into one sentence.
+
+    Raises
+    ------
+    StsrError
+        If the file is missing, cut short or not what its name says.
+    """
+    try:
+        yield
+    except _OUR_OWN:
+        raise
+    except FileNotFoundError as error:
+        raise StsrError(f"{path} is missing; copy it again from the instrument's output") from error
+    except PermissionError as error:
+        raise StsrError(f"{path} cannot be read: permission denied; ask its owner for read access") from error
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        ValueError,
+        IndexError,
+        TypeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        # pyarrow, h5py, tifffile and PIL all raise children of these for a truncated file.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise StsrError(
+            f"{path} is damaged or cut short ({reason}); copy it again from its source"
+        ) from error
+
+
+def find(folder: Path, *patterns: str) -> Path | None:
+    """The first file of a folder that matches the first pattern with any match, in name order."""
+    for pattern in patterns:
+        # Files that macOS writes beside others ("._name") are not the file.
+        matches = sorted(p for p in folder.glob(pattern) if not p.name.startswith("._"))
+        if matches:
+            return matches[0]
+    return None
+
+
+def need(folder: Path, *patterns: str, what: str) -> Path:
+    """As ``find``, but a missing file is refused.
+
+    Raises
+    ------
+    StsrError
+        Naming the file that is missing and what it is for.
+    """
+    found = find(folder, *patterns)
+    if found is None:
+        raise StsrError(
+            f"{patterns[0]} ({what}) is missing in {folder}; copy it from the instrument's output"
+        )
+    return found
