@@ -1,0 +1,35 @@
+"""Methods by name. A new one is a file and a line here."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from stsr.errors import UsageError
+
+DEFAULT_METHOD = "corrdiff"
+"""What `stsr train` trains and the packaged model is."""
+
+METHODS = {
+    "bilinear": "stsr.methods.interpolation:Bilinear",
+    "bicubic": "stsr.methods.interpolation:Bicubic",
+    "unet": "stsr.methods.regression:UNetRegression",
+    "corrdiff": "stsr.methods.corrdiff:CorrDiff",
+    "c3diff": "stsr.methods.c3diff:C3Diff",
+}
+
+
+def method_class(name: str) -> type:
+    """The class of a method.
+
+    Raises
+    ------
+    UsageError
+        If no method has this name.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"no method is called {name!r}{hint} There are: {', '.join(METHODS)}.")
+    module, attribute = METHODS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,399 @@
+"""C3-Diff: cross-modal cross-content contrastive diffusion, one gene at a time, guided by H&E.
+
+The denoiser sees the noisy map of one gene, the image, the low-resolution map and the gene's code; genes are folded
+into the batch. Four encoders give the modality and content features of the image (M_h, C_h, once per tile) and of the
+gene's own low-resolution map (M_y, C_y, once per tile and gene). Their maps condition the denoiser; their unit vectors
+meet in the losses of `stsr.methods.contrastive`, with one gene drawn per tile, so that every negative is another tile.
+Training denoises a few genes of each tile, which share the image's features.
+
+It works in pixel space, on counts as standardised residuals (`stsr.methods.target`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stsr.data.batch import Batch, Requirements
+from stsr.diffusion import Preconditioning, lognormal_sigmas
+from stsr.diffusion.noise import TileNoise
+from stsr.methods.contrastive import (
+    content_loss,
+    falling,
+    hypersphere_noise,
+    imputation_weights,
+    impute,
+    inter_loss,
+    modal_loss,
+)
+from stsr.methods.method import Method, random_normal
+from stsr.methods.sampling import Sampling
+from stsr.methods.target import Residual
+from stsr.nn.blocks import ScalarEmbedding
+from stsr.nn.encoders import GeneEmbedding, ImageEncoder, RasterEncoder
+from stsr.nn.unet import UNet
+
+IMPUTATIONS = ("dynamic", "mean", "zero", "none")
+
+LEAST_TEMPERATURE = (
+    0.01  # as in CLIP (Radford et al. 2021, section 2.5): sharper than this, training is not stable
+)
+
+
+@dataclass(frozen=True)
+class C3DiffConfig:
+    """Settings of `C3Diff`. The paper's ablations are values here, e.g. ``modal_weight = 0``.
+
+    Parameters
+    ----------
+    bin_um, image_um
+        Size of bins and of the image pixels that are read, um; bins must be whole numbers of image pixels.
+    tile_lr, overlap_lr
+        Prediction tiles and their least overlap, low-resolution pixels.
+    widths, image_widths
+        Channels of the levels of the denoiser's U-Net, and of the image encoders'.
+    feature_channels, vector_channels
+        Channels of each encoder's map, and length of its unit vector.
+    gene_channels, embedding_channels
+        Length of a gene's code, and of the embedding that steers the U-Net.
+    genes_per_tile
+        Genes drawn per training step; they share the image's features.
+    smooth_bins
+        Standard deviation of the Gaussian that smooths the target, bins; 0 for none.
+    sigma_data
+        Standard deviation of x0.
+    p_mean, p_std
+        Training draws ``ln(sigma) ~ N(p_mean, p_std^2)``.
+    sigma_min, sigma_max
+        Ends of the schedule when sampling.
+    lr_dropout, condition_dropout
+        Probability, in training, that a tile loses its spots; that a map loses its whole condition, for guidance.
+    modal_weight, content_weight, inter_weight
+        Weights of the contrastive terms. (Content and inter are the released code's, which never used modal.)
+    temperature
+        Where tau starts from; it is learned. (The released code's.)
+    hypersphere_noise
+        Standard deviation of equation 1's noise; 0 for none. (The released code's.)
+    imputation
+        Low-resolution features of tiles without spots: ``dynamic`` (the paper's), ``mean`` (the same with equal
+        weights), ``zero``, or ``none`` (whatever the encoders make of an empty raster).
+    imputation_alpha, imputation_beta, imputation_temperature
+        Strength at the start of training for modality and content features, falling to 0; tau1.
+    sampler, steps, guidance
+        See `Sampling`.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+    """
+
+    bin_um: float = 10.0
+    image_um: float = 10.0
+    tile_lr: int = 8
+    overlap_lr: int = 3
+    widths: tuple[int, ...] = (32, 64, 96)
+    image_widths: tuple[int, ...] = (24, 32, 48)
+    feature_channels: int = 32
+    vector_channels: int = 64
+    gene_channels: int = 32
+    embedding_channels: int = 128
+    genes_per_tile: int = 6
+    smooth_bins: float = 1.0
+    sigma_data: float = 0.9
+    p_mean: float = 0.0
+    p_std: float = 1.4
+    sigma_min: float = 0.02
+    sigma_max: float = 20.0
+    lr_dropout: float = 0.15
+    condition_dropout: float = 0.1
+    modal_weight: float = 0.05
+    content_weight: float = 0.05
+    inter_weight: float = 0.03
+    temperature: float = 0.07
+    hypersphere_noise: float = 0.03
+    imputation: str = "dynamic"
+    imputation_alpha: float = 1.0
+    imputation_beta: float = 1.0
+    imputation_temperature: float = 0.1
+    sampler: str = "dpmpp_2m"
+    steps: int = 8
+    guidance: float = 1.0
+
+    def __post_init__(self):
+        ratio = self.bin_um / self.image_um if self.image_um > 0 else 0
+        if ratio < 1 or abs(ratio - round(ratio)) > 1e-6:
+            raise ValueError(f"bin_um ({self.bin_um}) must be a whole number of image_um ({self.image_um})")
+        if not 0 <= self.overlap_lr < self.tile_lr:
+            raise ValueError(
+                f"tiles of {self.tile_lr} low-resolution pixels cannot overlap by {self.overlap_lr}"
+            )
+        if self.imputation not in IMPUTATIONS:
+            raise ValueError(f"imputation is one of {', '.join(IMPUTATIONS)}, not {self.imputation!r}")
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"need 0 < sigma_min < sigma_max, not {self.sigma_min} and {self.sigma_max}")
+        for name in ("sigma_data", "p_std", "temperature", "imputation_temperature", "genes_per_tile"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("lr_dropout", "condition_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is a probability below 1, not {getattr(self, name)}")
+        weights = ("modal_weight", "content_weight", "inter_weight", "imputation_alpha", "imputation_beta")
+        for name in ("smooth_bins", "hypersphere_noise", *weights):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} cannot be negative, as {getattr(self, name)} is")
+        Sampling(self.sampler, self.steps, self.guidance)  # raises for what cannot be sampled
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the image says of each tile: a map (b, c, H, W) for the denoiser, M_h and C_h (b, d) for the losses."""
+
+    maps: torch.Tensor
+    modality: torch.Tensor
+    content: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LrFeatures:
+    """What the spots say of each gene: maps (b, g, f, h, w), and M_y and C_y (b, g, d)."""
+
+    modality_maps: torch.Tensor
+    content_maps: torch.Tensor
+    modality: torch.Tensor
+    content: torch.Tensor
+
+
+class C3Diff(Method):
+    """Diffusion of one gene's map at a time, conditioned on image, spots and the gene's code.
+
+    Parameters
+    ----------
+    config
+        Settings; the defaults by default.
+    panel
+        Ordered gene names; at least one.
+    reference
+        As `Method`.
+
+    Attributes
+    ----------
+    sampling
+        How to walk from noise to a map when predicting; from the config, and free to be replaced.
+
+    Raises
+    ------
+    ValueError
+        If the panel is empty.
+    """
+
+    Config = C3DiffConfig
+    samples = True
+
+    def __init__(
+        self,
+        config: C3DiffConfig | None = None,
+        panel: tuple[str, ...] = (),
+        reference: np.ndarray | None = None,
+    ):
+        config = config or C3DiffConfig()
+        super().__init__(config, panel, reference)
+        if not panel:
+            raise ValueError("C3-Diff learns genes by their names, and the panel is empty")
+        self.sampling = Sampling(config.sampler, config.steps, config.guidance)
+        self.preconditioning = Preconditioning(config.sigma_data)
+        channels, features, embedding = config.widths[0], config.feature_channels, config.embedding_channels
+        factor = round(config.bin_um / config.image_um)
+
+        def image_encoder() -> ImageEncoder:
+            return ImageEncoder(features, config.vector_channels, factor, config.image_widths)
+
+        def lr_encoder() -> RasterEncoder:
+            return RasterEncoder(2, features, config.vector_channels, embedding)
+
+        self.image_modality, self.image_content = image_encoder(), image_encoder()
+        self.lr_modality, self.lr_content = lr_encoder(), lr_encoder()
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
+
+        self.genes = GeneEmbedding(len(panel), config.gene_channels, embedding)
+        self.level = ScalarEmbedding(embedding)
+        self.null_steering = nn.Parameter(torch.zeros(embedding))
+        self.null_condition = nn.Parameter(torch.zeros(channels, 1, 1))
+
+        # the sum of these is one convolution over all inputs side by side; apart, only `lift` runs at every step
+        self.lift = nn.Conv2d(1, channels, 3, padding=1)
+        self.mix_image = nn.Conv2d(2 * features, channels, 1)
+        self.mix_lr = nn.Conv2d(2 * features, channels, 1, bias=False)  # no bias: zero padding stays zero
+        self.mix_base = nn.Conv2d(2, channels, 3, padding=1)
+        self.unet = UNet(channels, 1, config.widths, embedding_channels=embedding)
+        self.to(memory_format=torch.channels_last)  # a little quicker on a CPU, more so on a GPU
+
+    @property
+    def requirements(self) -> Requirements:
+        """Tiles as the config has them."""
+        c = self.config
+        return Requirements(self.panel, c.bin_um, c.image_um, c.tile_lr, c.overlap_lr)
+
+    @property
+    def temperature(self) -> torch.Tensor:
+        """Tau (), learned."""
+        return self.log_temperature.exp().clamp_min(LEAST_TEMPERATURE)
+
+    def condition(self, batch: Batch) -> ImageFeatures:
+        """The image, encoded: no gene enters."""
+        picture = batch.image.to(self.log_temperature.dtype) / 127.5 - 1  # (b, 3, I, I)
+        modality_maps, modality = self.image_modality(picture)  # (b, f, H, W), (b, d)
+        content_maps, content = self.image_content(picture)
+        maps = self.mix_image(torch.cat([modality_maps, content_maps], dim=1))  # (b, c, H, W)
+        return ImageFeatures(maps, modality, content)
+
+    @torch.no_grad()
+    def predict(
+        self, batch: Batch, noise: TileNoise, features: ImageFeatures | None = None, drawn: None = None
+    ) -> torch.Tensor:
+        """One sample of counts per bin (b, g, H, W); their mean over samples is the expectation."""
+        features = self.condition(batch) if features is None else features
+        residual = self._residual(batch)
+        steering = self.genes(batch.genes, self.scale(batch))  # (b, g, e)
+        lr = self._encode_lr(batch, steering)
+        condition = self._condition_genes(batch, features, lr, residual.base, progress=1.0)
+        condition = condition.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (b g, c, H, W)
+        steering = steering.flatten(0, 1)  # (b g, e)
+        height, width = residual.base.shape[-2:]
+        source = noise.source(batch.names, height, width, condition.device)
+
+        def conditional(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return self.denoise(x, sigma, condition, steering)
+
+        def unconditional(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return self.denoise(x, sigma, self.null_condition, self.null_steering)
+
+        x0 = self.sampling.walk(
+            conditional,
+            unconditional,
+            lambda step: source(step).reshape(-1, 1, height, width),
+            self.config.sigma_min,
+            self.config.sigma_max,
+        )  # (b g, 1, H, W)
+        return residual.decode(x0.reshape(residual.base.shape))
+
+    def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """``denoise``, ``modal``, ``content`` and ``inter``, unweighted, and their weighted sum ``loss``.
+
+        Spots and conditions are dropped, and hypersphere noise is drawn, only in training mode.
+        """
+        config = self.config
+        count = min(config.genes_per_tile, len(batch.names))
+        order = torch.randperm(len(batch.names), generator=generator, device=generator.device)
+        batch = batch.of_genes(order[:count].to(batch.lr.device))
+        unmeasured = self._chance(config.lr_dropout, len(batch), generator)
+        batch = batch.without_lr(unmeasured.to(batch.lr.device))
+        features = self.condition(batch)
+        steering = self.genes(batch.genes, self.scale(batch))  # (b, g, e)
+        lr = self._encode_lr(batch, steering)
+        residual = self._residual(batch)
+        condition = self._condition_genes(batch, features, lr, residual.base, progress)  # (b, g, c, H, W)
+        x0 = residual.encode(batch.hr)  # (b, g, H, W)
+        drawn = torch.randint(count, (len(batch),), generator=generator, device=generator.device)
+        drawn = (torch.arange(len(batch)), drawn.to(lr.modality.device))  # one gene per tile
+        noise_sd = config.hypersphere_noise if self.training else 0.0
+        lr_modality = hypersphere_noise(lr.modality[drawn], noise_sd, generator)  # (b, d)
+        lr_content = hypersphere_noise(lr.content[drawn], noise_sd, generator)  # (b, d)
+        terms = {
+            "modal": modal_loss(features.modality, lr_modality, self.temperature, batch.has_lr),
+            "content": content_loss(features.content, lr_content, self.temperature, batch.has_lr),
+            "inter": inter_loss(features.modality, features.content, self.temperature),
+            "denoise": self._denoising(x0, condition, steering, generator),
+        }
+        terms["loss"] = (
+            terms["denoise"]
+            + config.modal_weight * terms["modal"]
+            + config.content_weight * terms["content"]
+            + config.inter_weight * terms["inter"]
+        )
+        return terms
+
+    def denoise(
+        self, x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor, steering: torch.Tensor
+    ) -> torch.Tensor:
+        """x0 from ``x = x0 + sigma noise``.
+
+        Parameters
+        ----------
+        x
+            (n, 1, H, W).
+        sigma
+            () or (n,).
+        condition, steering
+            (n, c, H, W) and (n, e), or anything that broadcasts to them.
+
+        Returns
+        -------
+        torch.Tensor
+            (n, 1, H, W).
+        """
+
+        def network(scaled: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+            hidden = self.lift(scaled) + condition  # (n, c, H, W)
+            return self.unet(hidden, self.level(level) + steering)  # (n, 1, H, W)
+
+        return self.preconditioning.denoised(network, x, sigma)
+
+    def _residual(self, batch: Batch) -> Residual:
+        """What the denoiser works on, of this batch."""
+        return Residual.of(batch, self.scale(batch), self.requirements.per_lr, self.config.smooth_bins)
+
+    def _encode_lr(self, batch: Batch, steering: torch.Tensor) -> LrFeatures:
+        """M_y and C_y of each gene's own low-resolution map."""
+        relative = (batch.lr / self.scale(batch)[..., None, None]).log1p()  # (b, g, h, w)
+        raster = torch.stack([relative, batch.lr_mask.expand_as(relative)], dim=2)  # (b, g, 2, h, w)
+        shape = relative.shape[:2]
+        raster, steering = raster.flatten(0, 1), steering.flatten(0, 1)  # (b g, 2, h, w), (b g, e)
+        modality_maps, modality = self.lr_modality(raster, steering)  # (b g, f, h, w), (b g, d)
+        content_maps, content = self.lr_content(raster, steering)
+        parts = (modality_maps, content_maps, modality, content)
+        return LrFeatures(*(part.unflatten(0, shape) for part in parts))
+
+    def _condition_genes(
+        self, batch: Batch, image: ImageFeatures, lr: LrFeatures, base: torch.Tensor, progress: float
+    ) -> torch.Tensor:
+        """Everything that the denoiser sees beside noise, per tile and gene: (b, g, c, H, W)."""
+        config, per_lr = self.config, self.requirements.per_lr
+        modality, content, present = lr.modality_maps, lr.content_maps, batch.has_lr
+        if config.imputation != "none":
+            alike = config.imputation == "dynamic"
+            weights = imputation_weights(image.modality, present, config.imputation_temperature, alike)
+            fade = 0.0 if config.imputation == "zero" else falling(1.0, progress)
+            modality = impute(modality, weights, present, config.imputation_alpha * fade)
+            content = impute(content, weights, present, config.imputation_beta * fade)
+        mixed = self.mix_lr(torch.cat([modality, content], dim=2).flatten(0, 1))  # (b g, c, h, w)
+        spots = F.interpolate(mixed, scale_factor=per_lr, mode="bilinear")  # (b g, c, H, W)
+        relative = (base * per_lr**2 / self.scale(batch)[..., None, None]).log1p()  # (b, g, H, W)
+        mask = F.interpolate(batch.lr_mask, scale_factor=per_lr, mode="nearest").expand_as(relative)
+        fine = self.mix_base(torch.stack([relative, mask], dim=2).flatten(0, 1))  # (b g, c, H, W)
+        return image.maps[:, None] + (spots + fine).unflatten(0, base.shape[:2])
+
+    def _denoising(
+        self, x0: torch.Tensor, condition: torch.Tensor, steering: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Weighted squared error of x0 (b, g, H, W) at random sigmas: ()."""
+        config = self.config
+        x0, condition, steering = x0.flatten(0, 1)[:, None], condition.flatten(0, 1), steering.flatten(0, 1)
+        dropped = self._chance(config.condition_dropout, len(x0), generator).to(x0.device)  # (b g,)
+        condition = torch.where(dropped[:, None, None, None], self.null_condition, condition)
+        steering = torch.where(dropped[:, None], self.null_steering, steering)  # (b g, e)
+        sigma = lognormal_sigmas(len(x0), generator, config.p_mean, config.p_std).to(x0)  # (b g,)
+        noise = random_normal(x0.shape, generator, x0.device)
+        estimate = self.denoise(x0 + sigma[:, None, None, None] * noise, sigma, condition, steering)
+        error = (estimate - x0).square().mean((1, 2, 3))  # (b g,)
+        return (self.preconditioning.loss_weight(sigma) * error).mean()
+
+    def _chance(self, probability: float, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Bool (count,), true with this probability in training mode and never otherwise."""
+        chance = torch.rand(count, generator=generator, device=generator.device)
+        return chance < (probability if self.training else 0.0)

@@ -1,0 +1,225 @@
+"""Corrective diffusion: a regression mean, and a diffusion model of what the mean cannot know.
+
+After Mardani et al. 2025 (CorrDiff, Commun Earth Environ 6:124), who downscale weather so: a regression predicts the
+expected map, a diffusion model the residual. Here the residual lives on a few directions in which genes vary together,
+so one draw serves every gene, in the panel or not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from stsr.data.batch import Batch
+from stsr.diffusion import Preconditioning, lognormal_sigmas
+from stsr.methods.method import random_normal
+from stsr.methods.regression import RegressionConfig, UNetRegression
+from stsr.methods.sampling import Sampling
+from stsr.nn.blocks import ScalarEmbedding
+from stsr.nn.unet import UNet
+
+_SPREAD_MEMORY = 0.99  # of the running estimates of the residual's spread and growth
+_LARGEST_LOG_CHANGE = 3.0  # a draw changes a gene by at most e^3: beyond it training has seen nothing
+
+
+@dataclass(frozen=True)
+class CorrDiffConfig(RegressionConfig):
+    """Settings of `corrdiff`, those of its regression first.
+
+    Parameters
+    ----------
+    directions
+        Directions of joint variation of the genes that the diffusion model draws; at most one per gene.
+    denoiser_widths
+        Channels of the denoiser's levels.
+    residual_from
+        Progress of training from which the residual is learned; before it there is no mean to correct.
+    residual_weight
+        Weight of the diffusion term.
+    residual_tiles
+        Tiles of a minibatch that the diffusion term looks at: its targets cost more than the mean does.
+    condition_dropout
+        Part of the training tiles on which the denoiser sees nothing, for classifier-free guidance.
+    sigma_min, sigma_max, p_mean, p_std
+        Noise levels of sampling and their log-normal in training; the residual has unit spread.
+    """
+
+    directions: int = 12
+    denoiser_widths: tuple[int, ...] = (32, 64)
+    residual_from: float = 0.5
+    residual_weight: float = 1.0
+    residual_tiles: int = 3
+    condition_dropout: float = 0.1
+    sigma_min: float = 0.02
+    sigma_max: float = 20.0
+    p_mean: float = -0.4
+    p_std: float = 1.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.directions <= self.factors:
+            raise ValueError(f"directions must lie in 1..factors ({self.factors}), not {self.directions}")
+
+
+class CorrDiff(UNetRegression):
+    """Expected counts by regression; samples are the expected counts times exp(loadings x residual).
+
+    The residual of a training bin is drawn from its posterior given the bin's counts (`posterior_draw`), so that the
+    counting noise of single bins does not pass for biology.
+    """
+
+    Config = CorrDiffConfig
+    samples = True
+    knows_mean = True
+
+    def __init__(self, config: CorrDiffConfig, panel: tuple[str, ...], reference=None):
+        super().__init__(config, panel, reference)
+        width = config.denoiser_widths[0]
+        self.directions = min(config.directions, len(self.panel))
+        self.sampling = Sampling()
+        self.precondition = Preconditioning(sigma_data=1.0)
+        self.sigma_embedding = nn.Sequential(ScalarEmbedding(32), nn.Linear(32, 2 * width), nn.SiLU())
+        self.denoiser = UNet(
+            self.directions + config.factors + 1,
+            self.directions,
+            config.denoiser_widths,
+            embedding_channels=2 * width,
+        )
+        self.register_buffer("turn", torch.zeros(config.factors, self.directions))
+        self.register_buffer("spread", torch.ones(self.directions))
+        self.register_buffer("growth", torch.ones(len(self.panel)))
+        self.register_buffer("followed", torch.zeros(()))
+
+    def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Poisson likelihood of the mean and, once there is one, denoising error of the residual."""
+        batch = self.hide_spots(batch, generator)
+        factors = self.condition(batch)
+        poisson = self.poisson(batch, factors, generator)
+        if progress < self.config.residual_from:
+            return {"loss": poisson, "poisson": poisson.detach()}
+        some = slice(0, self.config.residual_tiles)
+        diffusion = self.denoising_error(batch.of_tiles(some), factors[some].detach(), generator)
+        total = poisson + self.config.residual_weight * diffusion
+        return {"loss": total, "poisson": poisson.detach(), "diffusion": diffusion.detach()}
+
+    def denoising_error(
+        self, batch: Batch, factors: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """EDM's weighted squared error (Karras et al. 2022, eq. 2 with Table 1) of the residual."""
+        with torch.no_grad():
+            rate = self.log_rate(batch, factors).exp()
+            if not bool(self.turn.any()):
+                self.turn.copy_(leading_directions(self.loadings, self.reference, self.directions))
+            loadings = self.loadings @ self.turn  # (p, r)
+            draw = posterior_draw(batch.hr, rate, loadings, self.spread, generator)  # (b, r, H, W)
+            if self.training:
+                self.follow(draw, loadings)
+            residual = draw / self.spread[None, :, None, None]
+            sigma = lognormal_sigmas(len(batch), generator, self.config.p_mean, self.config.p_std).to(
+                residual.device
+            )
+            noise = random_normal(residual.shape, generator, residual.device)
+            noisy = residual + sigma[:, None, None, None] * noise
+            chance = torch.rand(len(batch), generator=generator, device=generator.device).to(residual.device)
+            keep = (chance >= self.config.condition_dropout).to(residual.dtype)[:, None, None, None]
+        denoised = self.precondition.denoised(self.network, noisy, sigma, keep * self.guide(factors, rate))
+        weight = self.precondition.loss_weight(sigma)[:, None, None, None]
+        return (weight * (denoised - residual) ** 2).mean()
+
+    def follow(self, draw: torch.Tensor, loadings: torch.Tensor) -> None:
+        """Keep the running spread of the residual and the mean growth that exp() gives each gene."""
+        flat = draw.movedim(1, -1).reshape(-1, draw.shape[1])  # (bins, r)
+        weight = max(1 - _SPREAD_MEMORY, 1 / (float(self.followed) + 2))  # a plain mean at first
+        self.followed += 1
+        self.spread.lerp_(flat.std(0).clamp(0.05, 5.0), weight)
+        growth = (flat[::7] @ loadings.T).clamp(-_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE).exp().mean(0)
+        self.growth.lerp_(growth, weight)
+
+    def guide(self, factors: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
+        """What the denoiser reads (b, factors + 1, H, W): the mean's factors, and how much is expected in all."""
+        return torch.cat([factors, torch.log1p(rate.sum(1, keepdim=True))], 1)
+
+    def network(self, x: torch.Tensor, c_noise: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
+        """The raw network under the preconditioning."""
+        return self.denoiser(torch.cat([x, guide], 1), self.sigma_embedding(c_noise))
+
+    def draw(self, batch: Batch, features, noise) -> torch.Tensor:
+        """One residual (b, r, H, W) for all genes; ``batch.genes`` is the panel."""
+        height, width = features.shape[-2:]
+        names = [f"direction {number}" for number in range(self.directions)]
+        source = noise.source(names, height, width, features.device)
+        guide = self.guide(features, self.log_rate(batch, features).exp())
+        nothing = torch.zeros_like(guide)
+        residual = self.sampling.walk(
+            lambda x, sigma: self.precondition.denoised(self.network, x, sigma, guide),
+            lambda x, sigma: self.precondition.denoised(self.network, x, sigma, nothing),
+            source,
+            self.config.sigma_min,
+            self.config.sigma_max,
+        )
+        return residual * self.spread[None, :, None, None]
+
+    def mean(self, batch: Batch, features) -> torch.Tensor:
+        """Expected counts (b, g, H, W) of the regression, free of sampling noise."""
+        return super().predict(batch, None, features)
+
+    def predict(self, batch, noise, features=None, drawn=None) -> torch.Tensor:
+        """One sample of the expected counts per bin (b, g, H, W)."""
+        features = self.condition(batch) if features is None else features
+        drawn = self.draw(batch, features, noise) if drawn is None else drawn
+        loadings = batch.genes @ self.loadings @ self.turn  # (g, r)
+        inside = batch.genes.sum(1)
+        growth = torch.log(batch.genes @ self.growth + (1 - inside))
+        change = torch.einsum("gr,bryx->bgyx", loadings, drawn).clamp(
+            -_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE
+        )
+        return (self.log_rate(batch, features) + change - growth[None, :, None, None]).exp()
+
+
+def leading_directions(loadings: torch.Tensor, reference: torch.Tensor, count: int) -> torch.Tensor:
+    """Orthonormal directions (factors, count) along which a typical bin's counts vary most.
+
+    The right singular vectors of loadings (p, factors), each gene weighted by the root of its mean count (p,): a
+    change of a factor is as visible as the counting noise of the genes that it moves.
+    """
+    _, _, right = torch.linalg.svd(reference.sqrt()[:, None] * loadings, full_matrices=False)
+    return right[:count].T
+
+
+def posterior_draw(
+    counts: torch.Tensor,
+    rate: torch.Tensor,
+    loadings: torch.Tensor,
+    spread: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """A draw of each bin's residual from its Gaussian posterior, one Fisher scoring step from zero.
+
+    For counts ~ Poisson(rate exp(W s)) and s ~ N(0, diag(spread^2)) the precision is
+    ``diag(1 / spread^2) + W^T diag(rate) W`` and the mean that precision's inverse times ``W^T (counts - rate)``.
+
+    Parameters
+    ----------
+    counts, rate
+        (b, p, H, W).
+    loadings
+        W (p, r).
+    spread
+        (r,), standard deviation of the prior.
+
+    Returns
+    -------
+    torch.Tensor
+        (b, r, H, W).
+    """
+    pairs = (loadings[:, :, None] * loadings[:, None, :]).flatten(1)  # (p, r * r)
+    information = torch.einsum("bpyx,pq->byxq", rate, pairs).unflatten(-1, (len(spread), len(spread)))
+    precision = information + torch.diag(spread**-2)
+    factor = torch.linalg.cholesky(precision)  # (b, H, W, r, r)
+    score = torch.einsum("bpyx,pr->byxr", counts - rate, loadings)
+    mean = torch.cholesky_solve(score[..., None], factor)
+    noise = random_normal(mean.shape, generator, mean.device)
+    scatter = torch.linalg.solve_triangular(factor.mT, noise, upper=True)
+    return (mean + scatter)[..., 0].movedim(-1, 1)

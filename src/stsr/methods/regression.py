@@ -1,0 +1,152 @@
+"""Regression: one U-Net that predicts the expected counts of all genes, and the trunk of `corrdiff`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stsr.data.batch import Batch, Requirements
+from stsr.methods.method import Method, interpolated
+from stsr.nn.blocks import ConvBlock
+from stsr.nn.unet import UNet
+
+IMAGE_MEAN, IMAGE_SPREAD = 0.7, 0.25
+"""Rough mean and spread of H&E pixels over 0..1; fixed, so that no tile is scaled by its own range."""
+
+
+@dataclass(frozen=True)
+class RegressionConfig:
+    """Settings of the regression.
+
+    Parameters
+    ----------
+    widths
+        Channels of the U-Net's levels.
+    blocks
+        Residual blocks per level.
+    factors
+        Maps that all genes are mixed from: expression of a panel has low rank, and few free outputs overfit less.
+    lr_channels
+        Channels of the low-resolution encoder.
+    dropout
+        Probability, inside the blocks.
+    lr_dropout
+        Part of the training tiles whose spots are hidden, so that sections without spots can be predicted.
+    genes_per_step
+        Genes drawn per training step; the loss of all is its expectation, at a part of the cost.
+    tile_lr, overlap_lr
+        Prediction tile and least overlap, low-resolution pixels.
+    """
+
+    widths: tuple[int, ...] = (32, 64, 96)
+    blocks: int = 1
+    factors: int = 32
+    lr_channels: int = 64
+    dropout: float = 0.0
+    lr_dropout: float = 0.15
+    genes_per_step: int = 100
+    tile_lr: int = 24
+    overlap_lr: int = 4
+
+    def __post_init__(self):
+        if not 0 <= self.lr_dropout < 1:
+            raise ValueError(f"lr_dropout is a probability below 1, not {self.lr_dropout}")
+        if self.factors < 1 or self.genes_per_step < 1:
+            raise ValueError("factors and genes_per_step must be at least 1")
+
+
+class UNetRegression(Method):
+    """Expected counts as interpolated spots times exp(loadings x factors), fitted by Poisson likelihood.
+
+    The image and the panel's low-resolution raster give ``factors`` maps; a gene is its loadings on them. A gene
+    outside the panel takes the mixed loadings of panel genes whose spots behave like its own.
+    """
+
+    Config = RegressionConfig
+
+    def __init__(self, config: RegressionConfig, panel: tuple[str, ...], reference=None):
+        super().__init__(config, panel, reference)
+        genes = len(self.panel)
+        self.lr_encoder = nn.Sequential(
+            nn.Conv2d(genes + 1, config.lr_channels, 1),
+            ConvBlock(config.lr_channels, config.lr_channels),
+            ConvBlock(config.lr_channels, config.lr_channels),
+        )
+        self.trunk = UNet(
+            3 + config.lr_channels, config.factors, config.widths, config.blocks, dropout=config.dropout
+        )
+        self.loadings = nn.Parameter(torch.randn(genes, config.factors) / config.factors**0.5)
+        self.offsets = nn.Parameter(torch.zeros(genes))
+        # What the interpolated base is made of: between spots, around a spot, the section's mean.
+        self.base_logits = nn.Parameter(torch.log(torch.tensor([0.9, 0.08, 0.02])).repeat(genes, 1))
+
+    @property
+    def requirements(self) -> Requirements:
+        """Tiles as the config says."""
+        return Requirements(self.panel, tile_lr=self.config.tile_lr, overlap_lr=self.config.overlap_lr)
+
+    def condition(self, batch: Batch) -> torch.Tensor:
+        """Factor maps (b, factors, H, W)."""
+        scale = self.scale(batch)[:, :, None, None]
+        measured = (batch.lr_mask > 0).to(batch.lr.dtype)
+        relative = torch.log1p(batch.lr / scale) * measured  # (b, p, h, w)
+        spots = self.lr_encoder(torch.cat([relative, batch.lr_mask], 1))
+        per_lr = self.requirements.per_lr
+        spots = F.interpolate(
+            spots, scale_factor=per_lr, mode="bilinear", align_corners=False
+        )  # (b, c, H, W)
+        image = (batch.image.to(spots.dtype) / 255 - IMAGE_MEAN) / IMAGE_SPREAD
+        return self.trunk(torch.cat([image, spots], 1))
+
+    def log_rate(self, batch: Batch, factors: torch.Tensor) -> torch.Tensor:
+        """Logarithm of the expected counts (b, g, H, W) of the batch's genes."""
+        loadings = batch.genes @ self.loadings  # (g, factors)
+        offsets = (batch.genes @ self.offsets)[None, :, None, None]
+        change = torch.einsum("gk,bkyx->bgyx", loadings, factors) + offsets
+        return torch.log(self.base(batch)) + change
+
+    def base(self, batch: Batch) -> torch.Tensor:
+        """What the spots alone say of each bin (b, g, H, W), counts, above zero."""
+        per_lr = self.requirements.per_lr
+        scale = self.scale(batch)
+        inside = batch.genes.sum(1, keepdim=True).clamp_min(1e-6)
+        between, around, overall = (batch.genes @ self.base_logits.softmax(1) / inside).T[
+            :, None, :, None, None
+        ]
+        near = interpolated(batch, scale, per_lr)
+        lr = torch.cat([batch.lr, batch.lr_mask], 1)
+        far = F.avg_pool2d(lr, 5, 1, 2, count_include_pad=False)  # (b, g + 1, h, w)
+        far = torch.where(far[:, -1:] > 0, far[:, :-1] / far[:, -1:].clamp_min(1e-6), scale[:, :, None, None])
+        far = F.interpolate(far, scale_factor=per_lr, mode="bilinear", align_corners=False) / per_lr**2
+        mean = scale[:, :, None, None] / per_lr**2
+        return between * near + around * far + overall * mean
+
+    def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Poisson negative log-likelihood per bin, summed over genes."""
+        batch = self.hide_spots(batch, generator)
+        factors = self.condition(batch)
+        term = self.poisson(batch, factors, generator)
+        return {"loss": term, "poisson": term.detach()}
+
+    def hide_spots(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """The batch with the spots of a random part of its tiles hidden."""
+        chance = torch.rand(len(batch), generator=generator, device=generator.device)
+        return batch.without_lr((chance < self.config.lr_dropout).to(batch.lr.device))
+
+    def poisson(self, batch: Batch, factors: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Loss of a random part of the genes, as large as if it were all of them."""
+        genes = len(self.panel)
+        order = torch.randperm(genes, generator=generator, device=generator.device)
+        part = batch.of_genes(order[: self.config.genes_per_step].to(batch.lr.device))
+        log_rate = self.log_rate(part, factors)
+        bins = log_rate.shape[0] * log_rate.shape[2] * log_rate.shape[3]
+        total = log_rate.exp().sum() - (part.hr * log_rate).sum()
+        return total / bins * (genes / len(part.names))
+
+    def predict(self, batch, noise, features=None, drawn=None) -> torch.Tensor:
+        """Expected counts per bin (b, g, H, W)."""
+        factors = self.condition(batch) if features is None else features
+        return self.log_rate(batch, factors).exp()
