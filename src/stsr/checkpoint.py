@@ -1,0 +1,253 @@
+"""A trained method as one safetensors file that stands alone. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+import stsr
+from stsr.data.workspace import disk_errors
+from stsr.errors import StsrError, UsageError
+from stsr.methods import method_class
+from stsr.methods.method import Method, config_dict, configured
+
+FORMAT = 1
+"""Version of what is in the header; a reader refuses a newer one."""
+
+_KEY = "stsr"
+_STORAGE = {"float32": torch.float32, "float16": torch.float16}
+_DIGITS = 12  # of the sha256: 48 bits tell checkpoints apart, and still fit in a table
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained method and where it comes from.
+
+    Attributes
+    ----------
+    method
+        Ready to predict: in eval mode, on the device asked for.
+    name
+        The method's name, as in `stsr.methods.METHODS`.
+    provenance
+        What it was trained on, under which licence, and how.
+    digest
+        First 12 digits of the file's sha256.
+    """
+
+    method: Method
+    name: str
+    provenance: dict
+    digest: str
+
+
+def save(path: str | Path, method: Method, name: str, provenance: dict, storage: str = "float32") -> Path:
+    """Write a checkpoint; a file that was there is replaced in one step.
+
+    Parameters
+    ----------
+    path
+        The file.
+    method
+        Its parameters and buffers are written; the buffers (statistics) always as they are.
+    name
+        The method's name.
+    provenance
+        What it was trained on, under which licence, and how: JSON-able.
+    storage
+        ``"float32"``, or ``"float16"`` for half the size.
+
+    Raises
+    ------
+    UsageError
+        For another storage.
+    StsrError
+        If the disk is full or the place read-only.
+    """
+    if storage not in _STORAGE:
+        raise UsageError(f"weights are stored as {' or '.join(_STORAGE)}, not as {storage!r}")
+    parameters = {key for key, _ in method.named_parameters()}
+    tensors = {}
+    for key, tensor in method.state_dict().items():
+        lower = key in parameters and tensor.is_floating_point()
+        tensors[key] = tensor.detach().to(_STORAGE[storage]) if lower else tensor.detach()
+    header = {
+        "format": FORMAT,
+        "stsr": stsr.__version__,
+        "method": name,
+        "config": config_dict(method.config),
+        "panel": list(method.panel),
+        "requirements": {k: v for k, v in asdict(method.requirements).items() if k != "panel"},
+        "storage": storage,
+        "provenance": provenance,
+    }
+    write_tensors(path, tensors, header)
+    return Path(path)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises
+    ------
+    StsrError
+        If the file is missing, damaged, not made by stsr, or made by a newer one.
+    """
+    path = Path(path)
+    header, tensors = read_tensors(path)
+    _check_format(path, header)
+    try:
+        name = header["method"]
+        chosen = method_class(name)
+        method = chosen(configured(chosen.Config, header["config"]), tuple(header["panel"]))
+        method.load_state_dict(tensors)
+        provenance = header["provenance"]
+    except UsageError as error:  # a method or a setting that this version does not know
+        made = header.get("stsr", "another version")
+        raise StsrError(
+            f"{path} was made by stsr {made} and does not fit this one ({error}); upgrade stsr"
+        ) from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise _damaged(path, "its weights do not fit its own config") from error
+    return Checkpoint(method.to(device).eval(), name, provenance, digest(path))
+
+
+def describe(path: str | Path) -> dict:
+    """What a checkpoint's header says, without its weights: method, config, panel, requirements, provenance.
+
+    Raises
+    ------
+    StsrError
+        As `load`.
+    """
+    with _opened(Path(path)) as file:
+        header = _header(Path(path), file)
+    _check_format(Path(path), header)
+    return header
+
+
+def digest(path: str | Path) -> str:
+    """First 12 digits of a file's sha256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
+
+
+def default_weights() -> Path:
+    """The packaged default model.
+
+    Raises
+    ------
+    StsrError
+        If this installation has none.
+    """
+    path = Path(str(resources.files("stsr") / "weights" / "default.safetensors"))
+    if not path.is_file():
+        raise StsrError(
+            "this installation has no default model; train one with stsr train and give it with --model"
+        )
+    return path
+
+
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: dict) -> None:
+    """Write tensors and a JSON-able header as one safetensors file, whole or not at all.
+
+    Raises
+    ------
+    StsrError
+        If the disk is full or the place read-only.
+    """
+    from safetensors.torch import save as as_bytes
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Clones, as safetensors refuses tensors that share memory, and one layout, as it keeps no strides.
+    apart = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in tensors.items()
+    }
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(as_bytes(apart, metadata={_KEY: json.dumps(header, sort_keys=True)}))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except OSError as error:
+        raise StsrError(
+            f"cannot write {path} ({error.strerror or error}); write elsewhere with --output"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The header and the tensors of a file by `write_tensors`.
+
+    Raises
+    ------
+    StsrError
+        If the file is missing, damaged or not made by stsr.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        return _header(path, file), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise StsrError(
+            f"there is no model at {path}; check the path or train one: stsr train SECTION -o {path}"
+        )
+    if not path.is_file():
+        raise StsrError(f"{path} is not a model but a folder; give the .safetensors file")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except SafetensorError as error:
+        raise _damaged(path, "not a whole safetensors file") from error
+    except OSError as error:
+        raise StsrError(
+            f"{path} cannot be read ({error.strerror or error}); check its permissions"
+        ) from error
+
+
+def _header(path: Path, file) -> dict:
+    text = (file.metadata() or {}).get(_KEY)
+    if text is None:
+        raise StsrError(
+            f"{path} was not made by stsr; give a model by stsr train, or none for the default model"
+        )
+    try:
+        header = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _damaged(path, "its header is broken") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is broken")
+    return header
+
+
+def _check_format(path: Path, header: dict) -> None:
+    version = header.get("format")
+    if not isinstance(version, int):
+        raise _damaged(path, "its header has no version")
+    if version > FORMAT:
+        raise StsrError(
+            f"{path} was made by a newer stsr ({header.get('stsr', 'unknown')}); upgrade stsr to use it"
+        )
+
+
+def _damaged(path: Path, reason: str) -> StsrError:
+    return StsrError(f"{path} is damaged ({reason}); copy it again or train it anew")

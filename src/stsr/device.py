@@ -1,0 +1,64 @@
+"""Where tensors live and how many threads work on them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from stsr.errors import UsageError
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device of this name.
+
+    Parameters
+    ----------
+    name
+        ``"auto"`` (cuda if there is one, else mps, else cpu), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+
+    Raises
+    ------
+    UsageError
+        If there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"no device is called {name!r}; choose auto, cpu, cuda, cuda:N or mps with --device")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            have = f"{count} CUDA device{'s' if count > 1 else ''}" if count else "no CUDA device"
+            raise UsageError(f"{name} was asked for but there is {have} here; use --device auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("mps was asked for but there is no Apple GPU here; use --device auto")
+    return device
+
+
+def set_threads(threads: int | None = None) -> int:
+    """Set how many CPU threads torch uses: as asked, else what Slurm gave, else as torch has it.
+
+    Returns
+    -------
+    int
+        The number in use.
+
+    Raises
+    ------
+    UsageError
+        If fewer than one is asked for.
+    """
+    if threads is None and os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        threads = int(os.environ["SLURM_CPUS_PER_TASK"])
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"{threads} threads can do nothing; give --threads 1 or more")
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
