@@ -1,0 +1,1 @@
+"""What is made of maps: scores, figures and downstream results. No torch here."""
