@@ -1,0 +1,90 @@
+"""``stsr info``: what is in a store."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from stsr.cli import options
+from stsr.cli.console import session
+
+
+def info(
+    store: options.Store,
+    um_per_unit: Annotated[
+        float | None,
+        typer.Option(help="um per unit of the coordinate system, where the store does not tell."),
+    ] = None,
+    coordinate_system: Annotated[
+        str | None, typer.Option(help="Coordinate system to use, where there are several.")
+    ] = None,
+    as_json: options.AsJson = False,
+    threads: options.Threads = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Say what is in a section: extent, image, spots, genes, counts, maps."""
+    with session(quiet=quiet, verbose=verbose, debug=debug, threads=threads) as console:
+        import stsr
+
+        found = stsr.info(store, um_per_unit=um_per_unit, coordinate_system=coordinate_system)
+        if as_json:
+            console.emit(found)
+        else:
+            console.emit("\n".join(describe(found)))
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    """Lines for people from what `stsr.info` gives."""
+    width, height = found["size_um"]
+    x0, y0, x1, y1 = found["extent_um"]
+    lines = [
+        f"section   {found['path']}",
+        f"extent    {width:,.0f} x {height:,.0f} um, x {x0:,.0f} to {x1:,.0f}, y {y0:,.0f} to {y1:,.0f}"
+        f" ({found['coordinate_system']}, {found['um_per_unit']:g} um per unit)",
+        f"image     {_image(found['image'], found['image_overlap'])}",
+        f"spots     {_spots(found['spots'])}",
+    ]
+    if found["hr"]:
+        hr = found["hr"]
+        lines.append(
+            f"bins      {hr['width']} x {hr['height']} of {hr['bin_um']:g} um, "
+            f"{hr['genes']:,} genes, {hr['counts']:,.0f} counts"
+        )
+    if found["cells"]:
+        genes = found["cells"]["genes"]
+        lines.append(
+            f"cells     {found['cells']['number']:,}" + (f", {genes:,} genes" if genes else ", no counts")
+        )
+    for kind in ("images", "labels", "points", "shapes", "tables"):
+        names = [name for name, of_kind in found["elements"].items() if of_kind == kind]
+        if names:
+            lines.append(f"{kind:<9} {', '.join(names)}")
+    for name, made in found["provenance"].items():
+        if made.get("command") == "superres":
+            lines.append(f"{name}: {_made(made)}")
+    return lines
+
+
+def _image(image: dict | None, overlap: float | None) -> str:
+    if image is None:
+        return "none"
+    inside = "" if overlap is None else f", covers {overlap:.0%} of the measured area"
+    return f"{image['width']:,} x {image['height']:,} px of {image['um_per_px']:.4g} um{inside}"
+
+
+def _spots(spots: dict | None) -> str:
+    if spots is None:
+        return "none"
+    shape = {"disc": "discs", "square": "squares"}.get(spots["shape"], spots["shape"])
+    return (
+        f"{spots['number']:,} {shape} of {spots['size_um']:.4g} um, {spots['pitch_um']:.4g} um apart, "
+        f"{spots['genes']:,} genes, {spots['counts']:,.0f} counts"
+    )
+
+
+def _made(made: dict) -> str:
+    wanted = ("method", "model", "samples", "steps", "sampler", "seed", "consistency_error", "units")
+    return ", ".join(f"{key.replace('_', ' ')} {made[key]}" for key in wanted if made.get(key) is not None)

@@ -1,0 +1,106 @@
+"""Options that several commands share, and what their values mean."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stsr.errors import UsageError
+
+ALL_GENES = "all"
+
+_COMMON = "For every command"
+
+Store = Annotated[Path, typer.Argument(metavar="STORE", help="A section: a SpatialData store (.zarr).")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there; else refuse.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Genes = Annotated[
+    list[str] | None,
+    typer.Option(help="A gene, a comma list, @FILE with names, or 'all'; may be repeated.", metavar="NAMES"),
+]
+
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        envvar="SLURM_CPUS_PER_TASK",
+        help="CPU threads; all cores by default.",
+        rich_help_panel=_COMMON,
+    ),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Say only what went wrong.", rich_help_panel=_COMMON)
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Let libraries speak too.", rich_help_panel=_COMMON)
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_COMMON)
+]
+
+
+def gene_names(values: list[str] | None) -> list[str] | None:
+    """What ``--genes`` asks for.
+
+    Parameters
+    ----------
+    values
+        As given, one text for each time the option was used.
+
+    Returns
+    -------
+    names
+        In the order given, each once; ``["all"]`` if all were asked for; None if nothing was said.
+
+    Raises
+    ------
+    UsageError
+        If a file of names cannot be read or no name is given.
+    """
+    if not values:
+        return None
+    names: list[str] = []
+    for value in values:
+        names += _names_in_file(Path(value[1:])) if value.startswith("@") else _split(value)
+    names = list(dict.fromkeys(names))
+    if not names:
+        raise UsageError("--genes names no gene; give names, @FILE or 'all'")
+    if ALL_GENES in names:
+        return [ALL_GENES]
+    return names
+
+
+def _names_in_file(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(f"the file of genes {path} cannot be read; check --genes @{path}") from None
+    return [name for line in lines for name in _split(line.partition("#")[0])]
+
+
+def _split(text: str) -> list[str]:
+    return [name for name in re.split(r"[,;\s]+", text.strip()) if name]
+
+
+def region_um(text: str | None) -> tuple[float, float, float, float] | None:
+    """``x0,y0,x1,y1`` in um.
+
+    Raises
+    ------
+    UsageError
+        If it is not four numbers that span an area.
+    """
+    if text is None:
+        return None
+    try:
+        x0, y0, x1, y1 = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--region is x0,y0,x1,y1 in um, not {text!r}") from None
+    if not (x0 < x1 and y0 < y1):
+        raise UsageError(f"--region {text} has no area; give x0,y0,x1,y1 in um with x0 < x1 and y0 < y1")
+    return x0, y0, x1, y1
