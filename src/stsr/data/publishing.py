@@ -258,7 +258,7 @@ def _undo(store: Path, work: Workspace, journal: dict) -> None:
     for name, kind in journal["new"].items():
         old_moved = name in journal["old"] and (work.path / "old" / journal["old"][name] / name).exists()
         came_in = (store / kind / name).exists() and not (work.new / kind / name).exists()
-        if False and (old_moved or name not in journal["old"]):
+        if came_in and (old_moved or name not in journal["old"]):
             move(store / kind / name, work.new / kind / name)
     for name, kind in journal["old"].items():
         if (work.path / "old" / kind / name).exists():
