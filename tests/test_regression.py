@@ -89,6 +89,15 @@ def test_image_and_spots_matter(unet):
 
 
 @torch.no_grad()
+def test_turning_the_tile_turns_the_prediction(unet):
+    method, _ = unet
+    batch = make_batch(seed=100)
+    parts = {name: getattr(batch, name).flip(-1).rot90(1, (-2, -1)) for name in ("image", "lr", "lr_mask")}
+    turned = method.predict(replace(batch, **parts), None)
+    np.testing.assert_allclose(turned, method.predict(batch, None).flip(-1).rot90(1, (-2, -1)), rtol=1e-3)
+
+
+@torch.no_grad()
 def test_without_spots_the_reference_sets_the_level(unet):
     method, _ = unet
     batch = make_batch(tiles=1, seed=100).without_lr(torch.tensor([True]))

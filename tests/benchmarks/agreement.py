@@ -1,8 +1,9 @@
-"""Super-resolved Visium against Xenium of a serial section: python tests/benchmarks/agreement.py VISIUM.zarr XENIUM.zarr
+"""Visium against Xenium of a serial section: python tests/benchmarks/agreement.py VISIUM.zarr XENIUM.zarr
 
-Runs `stsr.superres` on the Visium section for the genes that both have, and the interpolations beside it, and correlates
-each map with the Xenium counts after a blur of 50 um (serial sections do not fit cell by cell). Positions are compared
-through pixels of the H&E that the two share, ``--um-per-px`` each. Prints a summary, and with ``--csv`` a table per gene.
+Runs `stsr.superres` on the Visium section for the genes that both have, and the interpolations beside it, and
+correlates each map with the Xenium counts after a blur of 50 um (serial sections do not fit cell by cell).
+Positions are compared through pixels of the H&E that the two share, ``--um-per-px`` each. Prints a summary, and
+with ``--csv`` a table per gene.
 """
 
 from __future__ import annotations
@@ -51,11 +52,17 @@ def main() -> None:
             maps = blurred(open_section(store).map(made.element), genes, places)
             scores[label] = pearson(maps[:, inside], truth[:, inside])
             rank = np.nanmean(spearman(maps[:, inside], truth[:, inside]))
-            print(f"{label:24s} mean PCC {np.nanmean(scores[label]):.3f}  mean Spearman {rank:.3f}", flush=True)
+            print(
+                f"{label:24s} mean PCC {np.nanmean(scores[label]):.3f}  mean Spearman {rank:.3f}", flush=True
+            )
     table = pd.DataFrame(scores, index=pd.Index(genes, name="gene"))
     table.insert(0, "xenium_counts", xenium.hr.read(genes).sum((1, 2)))
     print(f"{len(genes)} genes, {BLUR_UM:g} um blur, {inside.sum()} bins of 10 um")
-    print(table.loc[[g for g in ("GATA3", "ERBB2", "LUM", "POSTN", "LYZ") if g in table.index]].round(3).to_string())
+    print(
+        table.loc[[g for g in ("GATA3", "ERBB2", "LUM", "POSTN", "LYZ") if g in table.index]]
+        .round(3)
+        .to_string()
+    )
     if asked.csv:
         table.round(4).to_csv(asked.csv)
 
@@ -63,7 +70,9 @@ def main() -> None:
 def reference(xenium, section, genes: list[str], um_per_px: float):
     """Blurred Xenium counts, the bins to compare, and those bins' places in the Visium map's um."""
     grid = xenium.hr.grid
-    truth = np.stack([ndimage.gaussian_filter(one.astype(float), BLUR_UM / grid.bin_um) for one in xenium.hr.read(genes)])
+    truth = np.stack(
+        [ndimage.gaussian_filter(one.astype(float), BLUR_UM / grid.bin_um) for one in xenium.hr.read(genes)]
+    )
     x, y = np.meshgrid(*grid.centres_um())
     scale = section.image.um_per_px / um_per_px
     x, y = x * scale, y * scale

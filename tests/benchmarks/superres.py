@@ -1,7 +1,7 @@
 """Speed and memory of superres: python tests/benchmarks/superres.py [--genes 313] [--size-um 2560] [--device cpu]
 
-Simulates a Visium section of 256 x 256 bins of 10 um with the model's panel, super-resolves it with default settings, and
-prints seconds per gene map (reading, sampling, blending, consistency and writing included), and the peak memory.
+Simulates a Visium section of 256 x 256 bins of 10 um with the model's panel, super-resolves it with default settings,
+and prints seconds per gene map (reading, sampling, blending, consistency and writing included), and the peak memory.
 The released code of C3-Diff takes about 300 CPU seconds for one map of this size.
 """
 
@@ -32,7 +32,9 @@ def main() -> None:
     panel = checkpoint.describe(asked.model or checkpoint.default_weights())["panel"]
     genes = panel[: asked.genes] if asked.genes else panel
     with tempfile.TemporaryDirectory() as folder:
-        write_visium(simulate_tissue(asked.size_um, asked.size_um, genes=list(panel)), Path(folder) / "visium")
+        write_visium(
+            simulate_tissue(asked.size_um, asked.size_um, genes=list(panel)), Path(folder) / "visium"
+        )
         store = stsr.prepare(Path(folder) / "visium", Path(folder) / "visium.zarr")
         before = peak_gb()
         began = time.perf_counter()
@@ -43,7 +45,9 @@ def main() -> None:
         grid = stsr.open_section(store).map("superres_x10").grid
     maps = grid.height * grid.width / 256**2 * len(genes)
     print(f"{len(genes)} genes x {grid.height} x {grid.width} bins in {seconds:.1f} s on {asked.device}")
-    print(f"{torch.get_num_threads()} threads: {seconds / maps:.3f} s per 256 x 256 map, {maps / seconds:.1f} maps/s")
+    print(
+        f"{torch.get_num_threads()} threads: {seconds / maps:.3f} s per 256 x 256 map, {maps / seconds:.1f} maps/s"
+    )
     print(f"peak memory {peak_gb():.2f} GB ({before:.2f} GB before superres)")
 
 

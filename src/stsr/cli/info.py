@@ -45,6 +45,7 @@ def describe(found: dict[str, Any]) -> list[str]:
         f"extent    {width:,.0f} x {height:,.0f} um, x {x0:,.0f} to {x1:,.0f}, y {y0:,.0f} to {y1:,.0f}"
         f" ({found['coordinate_system']}, {found['um_per_unit']:g} um per unit)",
         f"image     {_image(found['image'], found['image_overlap'])}",
+        *_registration(found["provenance"].get("he", {})),
         f"spots     {_spots(found['spots'])}",
     ]
     if found["hr"]:
@@ -73,6 +74,17 @@ def _image(image: dict | None, overlap: float | None) -> str:
         return "none"
     inside = "" if overlap is None else f", covers {overlap:.0%} of the measured area"
     return f"{image['width']:,} x {image['height']:,} px of {image['um_per_px']:.4g} um{inside}"
+
+
+def _registration(made: dict) -> list[str]:
+    """By how much `stsr prepare` corrected the image's alignment."""
+    if not made.get("refined"):
+        return []
+    before, after = made["fine_correlation"]
+    return [
+        f"aligned   moved by {made['refined_by_um']:.3g} um so that nuclei and transcripts fall together "
+        f"(correlation {before:.2f} before, {after:.2f} after; --no-refine leaves the given alignment)"
+    ]
 
 
 def _spots(spots: dict | None) -> str:

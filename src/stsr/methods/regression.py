@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -37,6 +37,9 @@ class RegressionConfig:
         Part of the training tiles whose spots are hidden, so that sections without spots can be predicted.
     genes_per_step
         Genes drawn per training step; the loss of all is its expectation, at a part of the cost.
+    views
+        Orientations (1, 4 or 8) in which a tile is looked at when predicting; their factors are averaged. Tissue has
+        no up and down, and the network's errors differ between views.
     tile_lr, overlap_lr
         Prediction tile and least overlap, low-resolution pixels.
     """
@@ -48,6 +51,7 @@ class RegressionConfig:
     dropout: float = 0.0
     lr_dropout: float = 0.15
     genes_per_step: int = 100
+    views: int = 8
     tile_lr: int = 24
     overlap_lr: int = 4
 
@@ -56,6 +60,8 @@ class RegressionConfig:
             raise ValueError(f"lr_dropout is a probability below 1, not {self.lr_dropout}")
         if self.factors < 1 or self.genes_per_step < 1:
             raise ValueError("factors and genes_per_step must be at least 1")
+        if self.views not in (1, 4, 8):
+            raise ValueError(f"views are 1, 4 or 8, not {self.views}")
 
 
 class UNetRegression(Method):
@@ -89,7 +95,12 @@ class UNetRegression(Method):
         return Requirements(self.panel, tile_lr=self.config.tile_lr, overlap_lr=self.config.overlap_lr)
 
     def condition(self, batch: Batch) -> torch.Tensor:
-        """Factor maps (b, factors, H, W)."""
+        """Factor maps (b, factors, H, W): of the tile as it is in training, the mean over views in prediction."""
+        if self.training or self.config.views == 1:
+            return self._factors(batch)
+        return sum(self._oriented(batch, view) for view in range(self.config.views)) / self.config.views
+
+    def _factors(self, batch: Batch) -> torch.Tensor:
         scale = self.scale(batch)[:, :, None, None]
         measured = (batch.lr_mask > 0).to(batch.lr.dtype)
         relative = torch.log1p(batch.lr / scale) * measured  # (b, p, h, w)
@@ -100,6 +111,17 @@ class UNetRegression(Method):
         )  # (b, c, H, W)
         image = (batch.image.to(spots.dtype) / 255 - IMAGE_MEAN) / IMAGE_SPREAD
         return self.trunk(torch.cat([image, spots], 1))
+
+    def _oriented(self, batch: Batch, view: int) -> torch.Tensor:
+        """Factor maps of a tile turned by ``view`` quarter turns (mirrored from 4 on), turned back."""
+
+        def turned(values):
+            values = values.flip(-1) if view >= 4 else values
+            return torch.rot90(values, view % 4, (-2, -1))
+
+        parts = {name: turned(getattr(batch, name)) for name in ("image", "lr", "lr_mask")}
+        back = torch.rot90(self._factors(replace(batch, **parts)), -(view % 4), (-2, -1))
+        return back.flip(-1) if view >= 4 else back
 
     def log_rate(self, batch: Batch, factors: torch.Tensor) -> torch.Tensor:
         """Logarithm of the expected counts (b, g, H, W) of the batch's genes."""

@@ -1,0 +1,194 @@
+"""Documentation agrees with the code: options, links, command lines, Python, settings."""
+
+import ast
+import inspect
+import json
+import re
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import stsr
+from stsr.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".sh"))
+COMMANDS = get_command(app).commands
+COMMON = "Options of every command"
+SHARED = ("--threads", "--quiet", "--verbose", "--debug", "--json")  # documented once
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def sections(text):
+    """{heading: text below it} of the second level."""
+    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def code(text, *languages):
+    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def options(command):
+    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+
+
+CLI = sections((ROOT / "docs/cli.md").read_text(encoding="utf-8"))
+
+
+def documented(command):
+    return next(text for heading, text in CLI.items() if re.match(rf"`stsr {command}\b", heading))
+
+
+def rows(text):
+    """(first cell, second cell) of tables."""
+    return [
+        tuple(cell.strip() for cell in line.split("|")[1:3]) for line in text.splitlines() if line[:1] == "|"
+    ]
+
+
+def default_shown(parameter, cell):
+    """Whether a cell names an option's default; for flags that they are off."""
+    if parameter.default is None or parameter.required:
+        return bool(cell)
+    if isinstance(parameter.default, bool):
+        shown = parameter.opts[0] if parameter.default else "off"
+        return cell.strip("`") == shown
+    number = isinstance(parameter.default, (int, float))
+    return cell == (f"`{parameter.default:g}`" if number else f"`{parameter.default}`")
+
+
+# ------------------------------------------------------------------------------------------------ docs/cli.md
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_documented_with_its_default(command):
+    for parameter in COMMANDS[command].params:
+        if parameter.param_type_name == "argument":
+            heading = next(heading for heading in CLI if re.match(rf"`stsr {command}\b", heading))
+            assert parameter.metavar in heading
+            continue
+        place = CLI[COMMON] if parameter.opts[0] in SHARED else documented(command)
+        for option in (*parameter.opts, *parameter.secondary_opts):
+            found = [row for row in rows(place) if re.search(rf"(?<![\w-]){option}(?![\w-])", row[0])]
+            assert found, f"{option} of {command}"
+            assert default_shown(parameter, found[0][1]), f"default of {option} of {command}: {found[0][1]}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_option_is_documented_that_does_not_exist(command):
+    known = {*options(COMMANDS[command]), "--help", "-h"}
+    for first, _ in rows(documented(command)):
+        assert set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", first)) <= known
+
+
+def test_every_command_has_a_section_and_a_line_in_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for command in COMMANDS:
+        assert documented(command)
+        assert f"| `stsr {command}` |" in readme
+
+
+# ----------------------------------------------------------------------------------------- links and commands
+
+
+def slug(heading):
+    return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_relative_links_resolve(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{link} in {name(page)}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in map(slug, headings), f"{link} in {name(page)}"
+
+
+def test_readme_leads_to_every_page():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in PAGES[1:]:
+        assert f"]({name(page)})" in readme
+
+
+def shell(path):
+    """Shell text of a page or an example, without comments, with lines joined."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        parts = [*code(text, "bash", "sh", "console"), *re.findall(r"`([^`\n]*\bstsr [^`\n]*)`", text)]
+        text = "\n".join(parts)
+    elif path.suffix == ".py":
+        return ""
+    text = text.replace("\\\n", " ")
+    return "\n".join(re.sub(r"(^|\s)#.*$", "", line) for line in text.splitlines())
+
+
+@pytest.mark.parametrize("path", [*PAGES, *EXAMPLES], ids=name)
+def test_command_lines_name_commands_and_options_that_exist(path):
+    for line in re.findall(r"(?<![\w.-])stsr ([^|&;)\n]+)", shell(path)):
+        words = line.split()
+        if words[0] == "--version" or words[0] == "COMMAND":
+            continue
+        assert words[0] in COMMANDS, f"stsr {line}"
+        known = {*options(COMMANDS[words[0]]), "--help", "-h"}
+        asked = {word.partition("=")[0].strip(",") for word in words[1:] if re.match(r"--?[a-z]", word)}
+        assert asked <= known, f"stsr {line}"
+
+
+# ------------------------------------------------------------------------------------------- Python, settings
+
+
+def calls_of_verbs(source):
+    for node in ast.walk(ast.parse(source)):
+        function = getattr(node, "func", None)
+        if isinstance(function, ast.Attribute) and getattr(function.value, "id", None) == "stsr":
+            yield function.attr, node
+
+
+@pytest.mark.parametrize("path", [*PAGES, *(path for path in EXAMPLES if path.suffix == ".py")], ids=name)
+def test_python_uses_verbs_as_they_are(path):
+    text = path.read_text(encoding="utf-8")
+    for source in code(text, "python") if path.suffix == ".md" else [text]:
+        for verb, call in calls_of_verbs(source):
+            assert verb in stsr.__all__
+            keywords = {keyword.arg: None for keyword in call.keywords}
+            inspect.signature(getattr(stsr, verb)).bind(*call.args, **keywords)
+
+
+def test_settings_in_the_training_page_are_right():
+    from stsr.methods import DEFAULT_METHOD, method_class
+    from stsr.training_config import TrainConfig, resolve
+
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    for block in code(text, "toml"):
+        resolve(method_class(DEFAULT_METHOD), tomllib.loads(block), [])
+    for line in re.findall(r"--set ([\w.]+=[^\s`]+)", text):
+        resolve(method_class(DEFAULT_METHOD), {}, [line])
+    for block in code(text, "json"):
+        assert all(set(own) <= {"exclude", "validation"} for own in json.loads(block).values())
+    shown = {}
+    for first, second in rows(sections(text)["Settings"])[2:]:
+        keys, values = re.findall(r"`([^`]+)`", first), re.findall(r"`([^`]+)`", second)
+        shown |= {
+            key: tomllib.loads(f"value = {value}")["value"] for key, value in zip(keys, values, strict=True)
+        }
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    assert shown == {
+        key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()
+    }
+
+
+def test_changes_begin_with_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \[([^\]]+)\]", text, flags=re.MULTILINE).group(1) == stsr.__version__
