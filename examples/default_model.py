@@ -29,12 +29,12 @@ REGIONS = {
 SETTINGS = {
     "widths": [48, 72, 96],
     "factors": 48,
-    "steps": 1600,
+    "steps": 2000,
     "spots": ["square", "visium"],
     "gap_lr": 1,
     "select": "last",
     "storage": "float16",
-    "residual_from": 0.5,
+    "residual_from": 0.6,
 }
 PROVENANCE = {
     "data": "10x Genomics, FFPE human breast cancer block, Janesick et al. 2023, Nat Commun 14:8353",

@@ -26,8 +26,10 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else simulated()
     genes = sys.argv[2:] or ["GATA3", "LUM"]
 
-    store = stsr.prepare(folder, overwrite=True)
-    made = stsr.superres(store, scale=10, genes=genes, overwrite=True)
+    store = Path(f"{folder.resolve().name}.zarr")
+    if not store.exists():  # preparing anew would drop the maps that are in it
+        stsr.prepare(folder, store, warn=print)
+    made = stsr.superres(store, scale=10, genes=genes, overwrite=True, report=print)
 
     section = stsr.open_section(store)
     print(f"{section.name}: {section.spots.counts.shape[0]} spots, {len(section.spots.genes)} genes")

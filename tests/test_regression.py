@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 
 from stsr.data.batch import Batch
 from stsr.diffusion.noise import Noise, TileNoise
@@ -197,13 +198,28 @@ def test_the_residuals_gradient_stays_out_of_the_mean():
 
 
 def test_posterior_draws_have_the_posterior_of_a_single_gene():
-    """One gene, loading 1: precision 1 / spread^2 + rate, mean (count - rate) over it."""
-    counts, rate = torch.full((1, 1, 60, 60), 9.0), torch.full((1, 1, 60, 60), 4.0)
+    """One gene, loading 1: the mode solves count - rate exp(s) = s / spread^2, the precision is the slope there."""
+    counts, rate = torch.full((1, 1, 60, 60), 40.0), torch.full((1, 1, 60, 60), 4.0)
     draws = posterior_draw(
         counts, rate, torch.ones(1, 1), torch.tensor([0.5]), torch.Generator().manual_seed(0)
     )
-    assert draws.mean() == pytest.approx(5 / 8, abs=0.02)
-    assert draws.var() == pytest.approx(1 / 8, rel=0.1)
+    mode = brentq(lambda s: 40 - 4 * np.exp(s) - s / 0.25, 0, 5)
+    assert draws.mean() == pytest.approx(mode, abs=0.02)
+    assert draws.var() == pytest.approx(1 / (4 + 4 * np.exp(mode)), rel=0.1)
+
+
+def test_draws_spread_as_far_as_the_counts_exceed_poisson():
+    generator = torch.Generator().manual_seed(0)
+    loadings = torch.tensor([[1.0], [0.8], [-0.6]])
+    hidden = 0.5 * torch.randn(4, 1, 60, 60, generator=generator)
+    rate = torch.full((4, 3, 60, 60), 6.0)
+    counts = torch.poisson(rate * torch.einsum("pr,bryx->bpyx", loadings, hidden).exp(), generator=generator)
+    spread = torch.ones(1)
+    for _ in range(10):  # as training follows it
+        draws = posterior_draw(counts, rate, loadings, spread, generator)
+        spread = draws.std((0, 2, 3))
+    assert float(spread) == pytest.approx(0.5, rel=0.1)
+    assert correlation(draws, hidden) > 0.6
 
 
 def test_directions_are_orthonormal_and_lead_with_the_strongest():

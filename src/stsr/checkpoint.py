@@ -23,6 +23,7 @@ FORMAT = 1
 """Version of what is in the header; a reader refuses a newer one."""
 
 _KEY = "stsr"
+_SUM = "sum"
 _STORAGE = {"float32": torch.float32, "float16": torch.float16}
 _DIGITS = 12  # of the sha256: 48 bits tell checkpoints apart, and still fit in a table
 
@@ -167,7 +168,7 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: di
     from safetensors.torch import save as as_bytes
 
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that what a kill left is written over
     # Clones, as safetensors refuses tensors that share memory, and one layout, as it keeps no strides.
     apart = {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -177,7 +178,8 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: di
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
-                file.write(as_bytes(apart, metadata={_KEY: json.dumps(header, sort_keys=True)}))
+                whole = {**header, _SUM: _sum(apart)}
+                file.write(as_bytes(apart, metadata={_KEY: json.dumps(whole, sort_keys=True)}))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -200,7 +202,21 @@ def read_tensors(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """
     path = Path(path)
     with _opened(path) as file:
-        return _header(path, file), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        header = _header(path, file)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    known = header.pop(_SUM, None)  # files of the first versions have none
+    if known is not None and known != _sum(tensors):
+        raise _damaged(path, "its weights are not those that were written")
+    return header, tensors
+
+
+def _sum(tensors: dict[str, torch.Tensor]) -> str:
+    """A checksum of names and values: safetensors itself would read flipped bits without a word."""
+    total = hashlib.sha256()
+    for key in sorted(tensors):
+        total.update(key.encode())
+        total.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 @contextmanager

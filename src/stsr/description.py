@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
+
+from stsr.errors import UsageError
 
 
 def info(
@@ -28,7 +31,11 @@ def info(
     ------
     StsrError
         If there is no store at ``path`` or it cannot be read; the sentence names the remedy.
+    UsageError
+        If ``um_per_unit`` is not above 0.
     """
+    if um_per_unit is not None and not 0 < um_per_unit < math.inf:
+        raise UsageError(f"a unit of {um_per_unit:g} um is impossible; give --um-per-unit above 0")
     from stsr.data.section import open_section
 
     return open_section(path, um_per_unit, coordinate_system).describe()

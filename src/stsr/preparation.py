@@ -19,6 +19,7 @@ from stsr.errors import StsrError, UsageError
 
 Progress = Callable[[str, float], None]
 
+_FINEST_UM = 1.0  # of bins; subcellular, and a slide still fits in memory
 _THIN = 20  # counts per spot; the thinnest real spots have hundreds
 
 
@@ -288,6 +289,10 @@ def _check_options(spots, bin_um, min_qv, um_per_px, he, alignment) -> None:
         raise UsageError(
             f"spots are simulated as {' or '.join(SPOT_KINDS)}, not as {spots!r}; choose one with --spots"
         )
+    if bin_um < _FINEST_UM:
+        raise UsageError(
+            f"bins of {bin_um:g} um are finer than any map; choose 10, 20, 25 or 50 with --bin-um"
+        )
     try:
         bins_per_lr(bin_um)
     except (ValueError, ZeroDivisionError):
@@ -296,7 +301,7 @@ def _check_options(spots, bin_um, min_qv, um_per_px, he, alignment) -> None:
         ) from None
     if um_per_px is not None and not 0.01 <= um_per_px <= 1000:
         raise UsageError(f"a pixel of {um_per_px:g} um is implausible; give --um-per-px in um")
-    if min_qv < 0:
+    if not 0 <= min_qv < np.inf:
         raise UsageError(f"a quality of {min_qv:g} does not exist; give --min-qv between 0 and 40")
     for file, option in ((he, "--he"), (alignment, "--alignment")):
         if file is not None and not Path(file).is_file():

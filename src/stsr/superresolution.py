@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,10 +23,11 @@ from stsr.data.mapwriter import CHUNKS, MapWriter
 from stsr.data.measurement import Measurement
 from stsr.data.section import Section, open_section
 from stsr.data.tiles import Canvas, Tile, plan
+from stsr.data.workspace import Workspace, disk_errors
 from stsr.device import resolve_device
 from stsr.diffusion.noise import Noise, TileNoise
 from stsr.errors import StsrError, UsageError
-from stsr.interruption import Interruption, interruptible
+from stsr.interruption import Interrupted, Interruption, interruptible
 from stsr.methods import method_class
 from stsr.methods.method import Method
 
@@ -72,6 +75,7 @@ def superres(
     *,
     scale: float = 10,
     genes: Sequence[str] | None = None,
+    including: Sequence[str] = (),
     model: str | Path | None = None,
     method: str | None = None,
     samples: int | None = None,
@@ -99,6 +103,8 @@ def superres(
         100 um / bin size: 10 gives bins of 10 um, 5 of 20 um. Coarser scales are sums of the model's own bins.
     genes
         Names, comma lists, ``@file`` or ``all``; by default the model's genes that were measured.
+    including
+        Genes that a caller will look for in the map, to draw them for one: refused before the work if not among them.
     model
         A checkpoint; the packaged default model if neither it nor ``method`` is given.
     method
@@ -137,17 +143,20 @@ def superres(
         For a section without what the model needs, a damaged model, a store that cannot be written to.
     """
     began = time.monotonic()
-    section = open_section(_destination(store, output, overwrite))
+    section = open_section(store)
+    _check_output(section, output)
     loaded = _load(model, method, section, use_lr, resolve_device(device))
     _configure_sampling(loaded.method, steps, sampler, guidance)
     task = _plan(section, loaded, scale, genes, samples, use_lr, consistency, region, name, seed)
+    _check_included(including, task.genes)
     for note in task.notes:
         (report or _nothing)(note)
-    with interruptible() as interruption:
+    with interruptible() as interruption, _destination(section, output) as target:
+        task = replace(task, section=target)
         run = _Run(task, overwrite, progress or _nothing, report or _nothing, interruption)
         error = run.write()
     return Superres(
-        section.path, task.element, task.spread, len(task.genes), error, time.monotonic() - began, task.notes
+        target.path, task.element, task.spread, len(task.genes), error, time.monotonic() - began, task.notes
     )
 
 
@@ -191,25 +200,60 @@ class _Task:
         return self.grid.at(self.grid.bin_um * self.factor)
 
 
-def _destination(store, output, overwrite: bool) -> Path:
-    """The store to write into: the section itself, or a copy of it."""
-    source = names.require_store(store)
-    if output is None or Path(output).resolve() == source:
-        return source
+def _check_output(section: Section, output) -> None:
+    """Refuse a copy where something else is, before any work."""
+    if output is None or Path(output).resolve() == section.path:
+        return
     target = Path(output).resolve()
-    if target.exists():
-        if names.is_store(target):
-            return target  # an earlier run's copy; the element itself is guarded by --overwrite
+    if target.is_relative_to(section.path):
+        raise UsageError(f"{output} lies inside {section.path.name}; choose another --output")
+    if not target.parent.is_dir():
+        raise UsageError(f"there is no folder {target.parent}; make it, or choose another --output")
+    if not os.path.lexists(target):
+        return
+    if not names.is_store(target):
         raise UsageError(f"{output} exists and is no section store; choose another --output")
-    temporary = target.with_name(f".{target.name}.stsr-copy")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if _measured(target) != _measured(section.path):
+        raise UsageError(
+            f"{output} exists and is another section than {section.path.name}; choose another --output"
+        )
+
+
+def _measured(store: Path) -> dict:
+    """What tells a section: its elements that no superres made, with their provenance and attributes."""
+    made = names.provenance(store)
+    kept = [name for name in names.elements(store) if made.get(name, {}).get("command") != "superres"]
+    return {name: (made.get(name), names.element_attributes(store, name)) for name in kept}
+
+
+@contextmanager
+def _destination(section: Section, output) -> Iterator[Section]:
+    """The section to write into: itself, or a copy, which goes again if the run fails before it had a map."""
+    if output is None or Path(output).resolve() == section.path:
+        yield section
+        return
+    target = Path(output).resolve()
+    fresh = not target.exists()  # else an earlier run's copy; its maps are guarded by --overwrite
+    if fresh:
+        with disk_errors(target), Workspace(target, "copy") as work:
+            work.wipe()
+            shutil.copytree(section.path, work.new)
+            os.rename(work.new, target)
     try:
-        shutil.copytree(source, temporary)
-        temporary.rename(target)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise StsrError(f"cannot copy the section to {output} ({error}); choose another --output") from error
-    return target
+        yield open_section(target)
+    except (Interrupted, KeyboardInterrupt, SystemExit):
+        raise  # the same command goes on in the copy
+    except BaseException:
+        if fresh:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+def _check_included(including: Sequence[str], genes: list[str]) -> None:
+    there = set(genes)
+    for gene in including:
+        if gene not in there:
+            raise UsageError(f"{gene!r} is not among the {len(genes)} genes of this map; add it to --genes")
 
 
 def _load(model, method: str | None, section: Section, use_lr: bool, device: torch.device) -> _Loaded:
@@ -219,7 +263,9 @@ def _load(model, method: str | None, section: Section, use_lr: bool, device: tor
         path = checkpoint.default_weights() if model is None else Path(model)
         loaded = checkpoint.load(path, device)
         label = "default" if model is None else path.name
-        fast = loaded.method.to(memory_format=torch.channels_last)  # twice as fast on CPUs, and on tensor cores
+        fast = loaded.method.to(
+            memory_format=torch.channels_last
+        )  # twice as fast on CPUs, and on tensor cores
         return _Loaded(fast, loaded.name, label, loaded.digest, device)
     chosen = method_class(method)
     if chosen.learns:
@@ -267,7 +313,7 @@ def _plan(section, loaded, scale, genes, samples, use_lr, consistency, region, n
     outside = len(chosen) - int((mixed.sum(1) == 1).sum())
     if outside and method.learns:
         notes.append(
-            f"{outside} genes are not in the model's panel and take after panel genes with similar spots"
+            f"{_count(outside, 'gene')} outside the model's panel: inferred like panel genes with similar spots"
         )
     count = _samples(samples, method)
     element = names.check_name(name or names.superres_name(scale))
@@ -299,7 +345,8 @@ def _plan(section, loaded, scale, genes, samples, use_lr, consistency, region, n
 def _factor(scale: float, needs) -> int:
     """The method's bins per output bin, along a side."""
     finest = needs.per_lr
-    if scale <= 0 or abs(scale - round(scale)) > 1e-9 or finest % round(scale):
+    # The bounds first: what is no number at all cannot be rounded.
+    if not 1 <= scale <= finest or abs(scale - round(scale)) > 1e-9 or finest % round(scale):
         served = ", ".join(str(s) for s in range(finest, 0, -1) if finest % s == 0)
         raise UsageError(f"this model cannot serve --scale {scale:g}; choose one of {served}")
     return finest // round(scale)
@@ -366,13 +413,15 @@ class _Run:
                 for number, genes in enumerate(blocks):
                     self._predict(writer, genes, number, len(blocks))
                 error = self._correct(writer) if self.corrects else None
-            except (StsrError, KeyboardInterrupt):
+            except (Interrupted, KeyboardInterrupt, SystemExit):
                 raise
             except BaseException:
                 writer.keep = False
                 raise
             for element in self.elements:
                 writer.provenance[element]["consistency_error"] = error
+            # Nothing interrupts what is left to do, and a full disk is to be left as it was.
+            writer.keep = False
         return error
 
     def _gene_blocks(self) -> list[slice]:
@@ -461,7 +510,12 @@ class _Run:
                 maps = [mean]
                 if task.spread:
                     maps.append(torch.stack([add_up(draw, task.factor) for draw in draws]).std(0))
-                yield part, [values.cpu().numpy() for values in maps]
+                arrays = [values.cpu().numpy() for values in maps]
+                if not all(np.isfinite(values).all() for values in arrays):
+                    raise StsrError(
+                        f"the model {task.loaded.model} gives values that are no numbers; train it anew"
+                    )
+                yield part, arrays
 
     def _correct(self, writer: MapWriter) -> float:
         """Make whole maps add up to the spots, a few genes at a time; the spread goes with them."""
@@ -501,7 +555,7 @@ class _Run:
         )
         disk = len(task.genes) * task.output_grid.height * task.output_grid.width * 4 * len(self.elements)
         self.report(
-            f"{len(task.genes)} genes x {task.output_grid.height} x {task.output_grid.width} bins: about "
+            f"{_count(len(task.genes), 'gene')} x {task.output_grid.height} x {task.output_grid.width} bins: about "
             f"{_duration(seconds)}, {held / 2**30 + 0.8:.1f} GB of memory, at most {disk / 2**30:.2f} GB on disk"
         )
 
@@ -538,6 +592,10 @@ def _precision(device: torch.device):
 
 def _duration(seconds: float) -> str:
     return f"{max(seconds, 1):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _nothing(*_) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,9 +126,15 @@ class Run:
         StsrError
             If another one is at it, or the place cannot be written to.
         """
-        with disk_errors(self.output):
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(self.path / "lock", "w")  # noqa: SIM115 - closed below, after the work
+        fresh = not self.path.exists()
+        try:
+            with disk_errors(self.output):
+                self.path.mkdir(parents=True, exist_ok=True)
+                handle = open(self.path / "lock", "w")  # noqa: SIM115 - closed below, after the work
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UsageError(
+                f"{self.path} cannot be made, as a file is in its way; move that or give another --output"
+            ) from error
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,7 +142,12 @@ class Run:
                 raise StsrError(f"another stsr is training {self.output}; wait until it is done") from None
             except OSError:
                 pass  # a file system without locks
-            yield
+            try:
+                yield
+            except BaseException:
+                if fresh and not self.state_path.exists():  # nothing in it to go on from
+                    shutil.rmtree(self.path, ignore_errors=True)
+                raise
 
     def check(self, settings: dict | None, overwrite: bool) -> bool:
         """Whether to go on (True) or to begin (False).
@@ -182,7 +194,12 @@ class Run:
     def resume(self, state: State) -> None:
         """Restore the last saved state, if there is one, and forget what the log says of later steps."""
         if self.state_path.exists():
-            state.restore(self.state_path)
+            try:
+                state.restore(self.state_path)
+            except StsrError as error:
+                raise StsrError(
+                    f"the unfinished run in {self.path} is damaged; remove that folder and run the same command again"
+                ) from error
         lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
         kept = [line for line in lines if _step_of(line) <= state.step]
         _replace(self.log_path, "".join(line + "\n" for line in kept))

@@ -2,8 +2,8 @@
 
 SECTION.zarr is `xenium_same_he` as `stsr prepare` makes it. Its lower right quarter (1 x 1 mm) was kept out of the
 training of every model by `examples/default_model.py`. Spots are simulated from the section's own transcripts, every
-method sees the same spots and image, and all are made consistent with the spots unless the row says otherwise. Genes
-are the 200 with the most counts outside of the held-out area. Several files of one label are seeds: the table gives
+method super-resolves the whole section from the same spots and image, and the held-out area is scored. Genes are the
+200 with the most counts outside of it. Several files of one label are seeds: the table gives
 their mean and their largest difference from it. Prints markdown.
 
 `--ablations` adds, for the first model: no image, the image of another place, the image shifted, no spots.
@@ -21,8 +21,10 @@ import numpy as np
 import pandas as pd
 
 import stsr
+from stsr import checkpoint
 from stsr.analysis import metrics
 from stsr.data.section import open_section
+from stsr.methods import method_class
 
 REGION_UM = (1000.0, 900.0, 2000.0, 1900.0)
 GENES = 200
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument("section", type=Path)
     parser.add_argument("--model", action="append", default=[], metavar="LABEL=FILE[,FILE]")
     parser.add_argument("--ablations", action="store_true")
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--region", type=float, nargs=4, default=REGION_UM)
     asked = parser.parse_args()
     models = [(entry.split("=")[0], entry.split("=")[1].split(",")) for entry in asked.model]
@@ -55,12 +57,12 @@ def main() -> None:
 
 
 class Bench:
-    """Runs `stsr.superres` on the held-out area of a copy of the section, and scores it."""
+    """Runs `stsr.superres` on a copy of the section and scores the held-out area."""
 
     def __init__(self, section: Path, folder: Path, region, samples: int):
         self.store = folder / section.name
         shutil.copytree(section, self.store)
-        self.region, self.samples = region, samples
+        self.samples = samples
         hr = open_section(self.store).hr
         counts = hr.read()
         area = hr.grid.crop_um(*region)
@@ -70,26 +72,25 @@ class Bench:
         order = np.argsort(-counts[:, outside].sum(1), kind="stable")[:GENES]
         self.genes = [hr.genes[index] for index in order]
         self.truth = counts[order][:, row : row + area.height, column : column + area.width].astype(float)
+        self.area = area
         self.rows: list[pd.DataFrame] = []
         self.spreads: list[dict] = []
 
     def run(self, label: str, store: Path | None = None, **options) -> None:
         """Super-resolve the area and keep the scores."""
         store = store or self.store
-        if "method" not in options:
-            options.setdefault("samples", self.samples if "+ consistency" in label else None)
+        if "model" in options and method_class(checkpoint.describe(options["model"])["method"]).samples:
+            options["samples"] = self.samples if "+ consistency" in label else 1
         print(label, file=sys.stderr)
-        try:
-            made = stsr.superres(store, genes=self.genes, region=self.region, overwrite=True, **options)
-        except stsr.errors.UsageError:  # a method without randomness has no samples
-            options["samples"] = None
-            made = stsr.superres(store, genes=self.genes, region=self.region, overwrite=True, **options)
+        made = stsr.superres(store, genes=self.genes, overwrite=True, **options)
         section = open_section(store)
-        mean = section.map(made.element).read().astype(float)
+        mean = section.map(made.element).read(window=self.area).astype(float)
         scores = metrics.table(mean, self.truth, self.genes).drop(columns="gene").groupby("bin_um").mean()
         self.rows.append(scores.reset_index().assign(method=label, error=made.consistency_error))
         if made.spread and "+ consistency" in label:
-            self.spreads.append({"method": label, **self.calibration(mean, section.map(made.spread).read())})
+            self.spreads.append(
+                {"method": label, **self.calibration(mean, section.map(made.spread).read(window=self.area))}
+            )
 
     def ablate(self, model: str) -> None:
         """What the image and the spots are worth to a model."""

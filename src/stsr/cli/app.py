@@ -8,9 +8,11 @@ import typer
 
 from stsr import __version__
 from stsr.cli import demo, info, prepare, superres, train
+from stsr.cli.usage import Commands
 
 app = typer.Typer(
     name="stsr",
+    cls=Commands,
     help="Super-resolution of spatial transcriptomics by conditional diffusion, guided by H&E.",
     no_args_is_help=True,
     add_completion=False,

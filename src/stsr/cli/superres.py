@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -89,13 +90,14 @@ def superres(
         if figure is not None:
             from stsr.analysis.figures import check_path
 
-            check_path(figure)
+            _check_place(check_path(figure))
         import stsr
 
         result = stsr.superres(
             store,
             scale=scale,
             genes=wanted,
+            including=drawn or (),
             model=model,
             method=method,
             samples=samples,
@@ -123,11 +125,21 @@ def superres(
             console.emit(result.element)
 
 
+def _check_place(figure: Path) -> None:
+    """Refuse a figure that cannot be written, before hours of work."""
+    if figure.is_dir():
+        raise UsageError(f"{figure} is a folder; give --figure the name of a file")
+    place = next(folder for folder in figure.resolve().parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UsageError(f"no figure can be written in {place}; give --figure another place")
+
+
 def _summary(result) -> str:
     spread = f" and {result.spread}" if result.spread else ""
     error = result.consistency_error
     agrees = "" if error is None else f"; added up over spots it is within {error:.1g} of the measured counts"
-    return f"wrote {result.element}{spread}: {result.genes:,} genes in {clock(result.seconds)}{agrees}"
+    genes = "1 gene" if result.genes == 1 else f"{result.genes:,} genes"
+    return f"wrote {result.element}{spread}: {genes} in {clock(result.seconds)}{agrees}"
 
 
 def _draw(result, genes: list[str], path: Path) -> None:

@@ -71,6 +71,7 @@ class Spots:
         return {
             "number": int(self.counts.shape[0]),
             "genes": len(self.genes),
+            "gene_names": list(self.genes),
             "counts": float(self.counts.sum(dtype=np.float64)),
             "shape": self.shape,
             "size_um": self.size_um,
@@ -120,7 +121,7 @@ class HighRes:
         if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
             into[:] = self._array[index[0] : index[0] + len(index), rows, columns]
         elif len(index):
-            into[:] = self._array.oindex[index, rows, columns]
+            into[:] = self._array.rows(index, rows, columns)
         return maps
 
     def total(self) -> float:
@@ -136,6 +137,7 @@ class HighRes:
             "height": self.grid.height,
             "width": self.grid.width,
             "genes": len(self.genes),
+            "gene_names": list(self.genes),
             "counts": self.total(),
         }
 

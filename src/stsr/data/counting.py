@@ -13,7 +13,7 @@ from stsr.data.binning import Counter
 from stsr.data.grid import LR_UM, Grid, bins_per_lr
 from stsr.data.measurement import VISIUM_SPOT_UM, Measurement, hexagonal_lattice
 from stsr.data.source import Spots, Transcripts
-from stsr.errors import StsrError
+from stsr.errors import StsrError, UsageError
 
 SPOT_KINDS = ("square", "visium")
 _LOCATE_UM = 10.0  # fine enough that the nearest lattice point of a bin is that of every transcript in a disc
@@ -79,11 +79,18 @@ def count(
 
     Raises
     ------
+    UsageError
+        If the section has more bins than can be counted in.
     StsrError
         If no transcript passes the filters or no tissue is found.
     """
     grid = _grid(transcripts, bin_um)
-    counter = Counter(len(genes), grid.height * grid.width)
+    try:
+        counter = Counter(len(genes), grid.height * grid.width)
+    except ValueError:
+        raise UsageError(
+            f"bins of {bin_um:g} um are too many on this section; choose larger ones with --bin-um"
+        ) from None
     discs = _Discs(grid, len(genes)) if spots == "visium" else None
     read = low = other = 0
     for chunk in transcripts.chunks():

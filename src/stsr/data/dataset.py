@@ -49,7 +49,7 @@ class TrainingTiles:
         either; a section's own validation regions replace the automatic one.
     gap_lr
         How far training tiles keep from both, low-resolution pixels; 0 for a tile, or less where that would take more
-        than half of the training tiles, but never less than 1.
+        than a quarter of the training tiles, but never less than 1.
     tissue
         Least part of a tile that lies in tissue.
     phases

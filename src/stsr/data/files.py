@@ -34,12 +34,13 @@ def reading(path: Path):
         EOFError,
         KeyError,
         ValueError,
+        RuntimeError,
         IndexError,
         TypeError,
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        # pyarrow, h5py, tifffile and PIL all raise children of these for a truncated file.
+        # pyarrow, h5py, tifffile, PIL and zarr all raise children of these for a truncated file.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise StsrError(
             f"{path} is damaged or cut short ({reason}); copy it again from its source"

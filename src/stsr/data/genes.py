@@ -74,7 +74,7 @@ def _near(name: str, known: list[str]) -> str:
     return (
         f"; did you mean {' or '.join(upper[match] for match in near)}?"
         if near
-        else "; stsr info lists the genes"
+        else "; stsr info --json lists the genes of the spots"
     )
 
 

@@ -13,6 +13,7 @@ from stsr.data.contents import Cells, HighRes, Mask, Spots
 from stsr.data.foreign import Frame
 from stsr.data.grid import LR_UM, Grid
 from stsr.data.image import Image
+from stsr.data.stored import Stored
 from stsr.errors import StsrError, UsageError
 
 
@@ -103,7 +104,7 @@ class Section:
         )
         if name is None:
             return None
-        return Image(self._arrays("images", name), self._to_um(self.sdata.images[name]))
+        return Image(self.arrays("images", name), self._to_um(self.sdata.images[name]))
 
     @cached_property
     def spots(self) -> Spots | None:
@@ -143,7 +144,7 @@ class Section:
                 f"{self.path.name} has no map {element!r}; it has: {', '.join(images) or 'no images'}"
             )
         _, genes = names.image_metadata(self.path, element)
-        array = self._arrays("images", element)[0]
+        array = self.arrays("images", element)[0]
         to_um = self._to_um(self.sdata.images[element])
         skew = max(abs(to_um[0, 1]), abs(to_um[1, 0]), abs(to_um[0, 0] - to_um[1, 1]))
         if to_um[0, 0] <= 0 or skew > 1e-6 * abs(to_um[0, 0]):
@@ -155,12 +156,17 @@ class Section:
         genes = genes or [str(number) for number in range(array.shape[0])]
         return HighRes(Grid(float(to_um[0, 2]), float(to_um[1, 2]), bin_um, *array.shape[1:]), genes, array)
 
+    def arrays(self, kind: str, element: str) -> list[Stored]:
+        """An element's levels as arrays on disk, fine to coarse: dask's graph would cost more than a tile."""
+        levels, _ = names.image_metadata(self.path, element)
+        return [Stored(self.path / kind / element / level) for level in levels]
+
     @cached_property
     def tissue(self) -> Mask | None:
         """Where tissue is, or None if nobody said."""
         if self.elements.get(names.TISSUE) != "labels":
             return None
-        return Mask(self._arrays("labels", names.TISSUE)[0], self._to_um(self.sdata.labels[names.TISSUE]))
+        return Mask(self.arrays("labels", names.TISSUE)[0], self._to_um(self.sdata.labels[names.TISSUE]))
 
     @cached_property
     def cells(self) -> Cells | None:
@@ -253,13 +259,6 @@ class Section:
             "width": self.image.width,
             "bounds_um": list(self.image.bounds_um),
         }
-
-    def _arrays(self, kind: str, element: str) -> list:
-        """An element's levels as zarr arrays, fine to coarse: dask's graph would cost more than a tile."""
-        import zarr
-
-        levels, _ = names.image_metadata(self.path, element)
-        return [zarr.open_array(self.path / kind / element / level, mode="r") for level in levels]
 
     def _to_um(self, element) -> np.ndarray:
         return foreign.affine(element, self.frame.name, self.frame.um_per_unit)

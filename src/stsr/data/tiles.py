@@ -19,7 +19,7 @@ class Tile:
     row, column
         First bin, in the grid's bins.
     height, width
-        In bins. A tile may stick out of the grid below and to the right, on sections smaller than a tile.
+        In bins.
     """
 
     row: int
@@ -35,8 +35,8 @@ class Tile:
 def plan(grid: Grid, tile_lr: int, overlap_lr: int, lr_um: float = LR_UM) -> list[list[Tile]]:
     """Tiles that cover a grid, as bands from top to bottom.
 
-    Steps are even, so the overlap is at least ``overlap_lr``; on the grid's edge tiles end with the grid, unless
-    the grid is smaller than a tile.
+    Steps are even, so the overlap is at least ``overlap_lr``. Tiles end with the grid and are no larger than it: what
+    lies beyond is neither tissue nor glass, and would shift the network's statistics.
 
     Parameters
     ----------
@@ -50,10 +50,13 @@ def plan(grid: Grid, tile_lr: int, overlap_lr: int, lr_um: float = LR_UM) -> lis
     if not 0 <= overlap_lr < tile_lr:
         raise ValueError(f"tiles of {tile_lr} pixels cannot overlap by {overlap_lr}")
     per_lr = bins_per_lr(grid.bin_um, lr_um)
-    rows = _starts(grid.height // per_lr, tile_lr, overlap_lr)
-    columns = _starts(grid.width // per_lr, tile_lr, overlap_lr)
-    side = tile_lr * per_lr
-    return [[Tile(row * per_lr, column * per_lr, side, side) for column in columns] for row in rows]
+    height, width = (min(tile_lr, side // per_lr) for side in grid.shape)
+    rows = _starts(grid.height // per_lr, height, overlap_lr)
+    columns = _starts(grid.width // per_lr, width, overlap_lr)
+    return [
+        [Tile(row * per_lr, column * per_lr, height * per_lr, width * per_lr) for column in columns]
+        for row in rows
+    ]
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -63,11 +66,16 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
     return np.round(np.linspace(0, length - tile, count)).astype(int).tolist()
 
 
-def taper(side: int, ramp: int) -> np.ndarray:
-    """Weights (side, side) that fall linearly over ``ramp`` bins to the edge and never reach zero."""
-    distance = np.minimum(np.arange(side), np.arange(side)[::-1]) + 1.0  # bins from the edge, 1 at the edge
-    one = np.clip(distance / (ramp + 1.0), None, 1.0)
-    return (one[:, None] * one[None, :]).astype(np.float32)
+def taper(height: int, width: int, ramp: int) -> np.ndarray:
+    """Weights (height, width) that fall linearly over ``ramp`` bins to the edges and never reach zero."""
+
+    def along(side):
+        distance = (
+            np.minimum(np.arange(side), np.arange(side)[::-1]) + 1.0
+        )  # bins from the edge, 1 at the edge
+        return np.clip(distance / (ramp + 1.0), None, 1.0)
+
+    return np.outer(along(height), along(width)).astype(np.float32)
 
 
 class Canvas:
@@ -91,11 +99,11 @@ class Canvas:
         self.grid = grid
         self.bands = bands
         self.ramp = ramp
-        side = bands[0][0].height
+        tile = bands[0][0]
         self._first = bands[first_band][0].row  # grid row of the first row held
-        self._sum = np.zeros((genes, min(side, grid.height), grid.width), np.float32)
+        self._sum = np.zeros((genes, tile.height, grid.width), np.float32)
         self._weight = np.zeros(self._sum.shape[1:], np.float32)
-        self._taper = taper(side, ramp)
+        self._taper = taper(tile.height, tile.width, ramp)
 
     @property
     def nbytes(self) -> int:
@@ -104,14 +112,11 @@ class Canvas:
 
     def add(self, tile: Tile, maps: np.ndarray, genes: slice = slice(None)) -> None:
         """Lay a tile's maps (g, height, width) onto the canvas; once per tile, the first genes bring its weight."""
-        height = min(tile.height, self.grid.height - tile.row)
-        width = min(tile.width, self.grid.width - tile.column)
-        weight = self._taper[:height, :width]
-        rows = slice(tile.row - self._first, tile.row - self._first + height)
-        columns = slice(tile.column, tile.column + width)
-        self._sum[genes, rows, columns] += maps[:, :height, :width] * weight
+        rows = slice(tile.row - self._first, tile.row - self._first + tile.height)
+        columns = slice(tile.column, tile.column + tile.width)
+        self._sum[genes, rows, columns] += maps * self._taper
         if (genes.start or 0) == 0:
-            self._weight[rows, columns] += weight
+            self._weight[rows, columns] += self._taper
 
     def finished(self, band: int) -> Iterator[tuple[int, np.ndarray]]:
         """Rows that no later band touches: (first grid row, maps (g, rows, width)), none or one block."""

@@ -21,6 +21,7 @@ from stsr.nn.blocks import ScalarEmbedding
 from stsr.nn.unet import UNet
 
 _SPREAD_MEMORY = 0.99  # of the running estimates of the residual's spread and growth
+_NEWTON_STEPS = 4  # to the mode of a bin's posterior; nearly all bins are there after three
 _LARGEST_LOG_CHANGE = 3.0  # a draw changes a gene by at most e^3: beyond it training has seen nothing
 
 
@@ -50,7 +51,7 @@ class CorrDiffConfig(RegressionConfig):
     denoiser_widths: tuple[int, ...] = (32, 64)
     residual_from: float = 0.5
     residual_weight: float = 1.0
-    residual_tiles: int = 3
+    residual_tiles: int = 2
     condition_dropout: float = 0.1
     sigma_min: float = 0.02
     sigma_max: float = 20.0
@@ -115,7 +116,7 @@ class CorrDiff(UNetRegression):
             loadings = self.loadings @ self.turn  # (p, r)
             draw = posterior_draw(batch.hr, rate, loadings, self.spread, generator)  # (b, r, H, W)
             if self.training:
-                self.follow(draw, loadings)
+                self.follow(draw, loadings, rate)
             residual = draw / self.spread[None, :, None, None]
             sigma = lognormal_sigmas(len(batch), generator, self.config.p_mean, self.config.p_std).to(
                 residual.device
@@ -128,13 +129,13 @@ class CorrDiff(UNetRegression):
         weight = self.precondition.loss_weight(sigma)[:, None, None, None]
         return (weight * (denoised - residual) ** 2).mean()
 
-    def follow(self, draw: torch.Tensor, loadings: torch.Tensor) -> None:
-        """Keep the running spread of the residual and the mean growth that exp() gives each gene."""
-        flat = draw.movedim(1, -1).reshape(-1, draw.shape[1])  # (bins, r)
+    def follow(self, draw: torch.Tensor, loadings: torch.Tensor, rate: torch.Tensor) -> None:
+        """Keep the running spread of the residual, and the growth that exp() gives each gene's total."""
         weight = max(1 - _SPREAD_MEMORY, 1 / (float(self.followed) + 2))  # a plain mean at first
         self.followed += 1
-        self.spread.lerp_(flat.std(0).clamp(0.05, 5.0), weight)
-        growth = (flat[::7] @ loadings.T).clamp(-_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE).exp().mean(0)
+        self.spread.lerp_(draw.std((0, 2, 3)).clamp(0.05, 3.0), weight)
+        change = torch.einsum("pr,bryx->bpyx", loadings, draw).clamp(-_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE)
+        growth = (rate * change.exp()).sum((0, 2, 3)) / rate.sum((0, 2, 3)).clamp_min(1e-9)
         self.growth.lerp_(growth, weight)
 
     def guide(self, factors: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
@@ -189,16 +190,13 @@ def leading_directions(loadings: torch.Tensor, reference: torch.Tensor, count: i
 
 
 def posterior_draw(
-    counts: torch.Tensor,
-    rate: torch.Tensor,
-    loadings: torch.Tensor,
-    spread: torch.Tensor,
-    generator: torch.Generator,
+    counts: torch.Tensor, rate: torch.Tensor, loadings: torch.Tensor, spread: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """A draw of each bin's residual from its Gaussian posterior, one Fisher scoring step from zero.
+    """A draw of each bin's residual from its posterior given the bin's counts, in Laplace's approximation.
 
-    For counts ~ Poisson(rate exp(W s)) and s ~ N(0, diag(spread^2)) the precision is
-    ``diag(1 / spread^2) + W^T diag(rate) W`` and the mean that precision's inverse times ``W^T (counts - rate)``.
+    For counts ~ Poisson(rate exp(W s)) and s ~ N(0, diag(spread^2)), Newton's method climbs to the mode; there the
+    posterior's precision is ``diag(1 / spread^2) + W^T diag(rate exp(W s)) W``. A step changes no gene by more than a
+    factor of e, for from zero a bin with ten times the expected counts would overshoot far.
 
     Parameters
     ----------
@@ -215,11 +213,21 @@ def posterior_draw(
         (b, r, H, W).
     """
     pairs = (loadings[:, :, None] * loadings[:, None, :]).flatten(1)  # (p, r * r)
-    information = torch.einsum("bpyx,pq->byxq", rate, pairs).unflatten(-1, (len(spread), len(spread)))
-    precision = information + torch.diag(spread**-2)
-    factor = torch.linalg.cholesky(precision)  # (b, H, W, r, r)
-    score = torch.einsum("bpyx,pr->byxr", counts - rate, loadings)
-    mean = torch.cholesky_solve(score[..., None], factor)
-    noise = random_normal(mean.shape, generator, mean.device)
-    scatter = torch.linalg.solve_triangular(factor.mT, noise, upper=True)
-    return (mean + scatter)[..., 0].movedim(-1, 1)
+    size = len(spread)
+    prior = spread**-2
+    strongest = loadings.norm(dim=1).max()
+    state = torch.zeros(*rate.shape[:1], *rate.shape[2:], size, device=rate.device)  # (b, H, W, r)
+    for number in range(_NEWTON_STEPS + 1):
+        change = torch.einsum("pr,byxr->bpyx", loadings, state)
+        current = rate * change.clamp(-_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE).exp()
+        information = torch.einsum("bpyx,pq->byxq", current, pairs).unflatten(-1, (size, size))
+        factor = torch.linalg.cholesky(information + torch.diag(prior))  # (b, H, W, r, r)
+        if number == _NEWTON_STEPS:
+            break  # the last round is for the precision at the mode
+        slope = torch.einsum("bpyx,pr->byxr", counts - current, loadings) - prior * state
+        step = torch.cholesky_solve(slope[..., None], factor)[..., 0]
+        length = strongest * step.norm(dim=-1, keepdim=True)
+        state = state + step / length.clamp_min(1)
+    noise = random_normal((*state.shape, 1), generator, state.device)
+    scatter = torch.linalg.solve_triangular(factor.mT, noise, upper=True)[..., 0]
+    return (state + scatter).movedim(-1, 1)

@@ -41,7 +41,8 @@ class RegressionConfig:
         Orientations (1, 4 or 8) in which a tile is looked at when predicting; their factors are averaged. Tissue has
         no up and down, and the network's errors differ between views.
     tile_lr, overlap_lr
-        Prediction tile and least overlap, low-resolution pixels.
+        Prediction tile and least overlap, low-resolution pixels. Near the training tiles' size, as the group norms'
+        statistics depend on it: tiles of 24 cost 0.01 of PCC at 40 um.
     """
 
     widths: tuple[int, ...] = (32, 64, 96)
@@ -52,8 +53,8 @@ class RegressionConfig:
     lr_dropout: float = 0.15
     genes_per_step: int = 100
     views: int = 8
-    tile_lr: int = 24
-    overlap_lr: int = 4
+    tile_lr: int = 8
+    overlap_lr: int = 3
 
     def __post_init__(self):
         if not 0 <= self.lr_dropout < 1:

@@ -144,6 +144,11 @@ def _in_tissue(positions, barcodes, folder: Path):
         raise StsrError(
             f"no barcode of the matrix in {folder} is in its table of positions; they are of other sections"
         )
+    if len(joined) < len(barcodes):
+        raise StsrError(
+            f"{len(barcodes) - len(joined)} of {len(barcodes)} barcodes of the matrix in {folder} have no place in its "
+            f"table of positions, which is cut short or of another section; copy it again from its source"
+        )
     positions = positions.loc[joined]
     kept = positions[positions["in_tissue"] == 1]
     if not len(kept):
