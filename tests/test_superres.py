@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import stsr.superresolution as superresolution
-from stsr import checkpoint
+from stsr import checkpoint, superresolution_run
 from stsr.data.section import open_section
 from stsr.data.simulate import simulate_tissue, write_visium, write_xenium
 from stsr.errors import StsrError, UsageError
@@ -111,8 +110,8 @@ def test_same_seed_same_bits_whatever_the_order_and_the_blocks(store, model, mon
     superres(path, model=model, genes=GENES, seed=5, name="again")
     np.testing.assert_array_equal(read(path, "one"), read(path, "again"))
     np.testing.assert_array_equal(read(path, "one_sd"), read(path, "again_sd"))
-    monkeypatch.setattr(superresolution, "_GENES_AT_ONCE", 2)
-    monkeypatch.setattr(superresolution, "MEMORY_BYTES", 1)
+    monkeypatch.setattr(superresolution_run, "_GENES_AT_ONCE", 2)
+    monkeypatch.setattr(superresolution_run, "MEMORY_BYTES", 1)
     many = GENES[::-1] + [g for g in open_section(path).spots.genes if g not in GENES][:14]
     superres(path, model=model, genes=many, seed=5, name="two")
     superres(path, model=model, genes=GENES, seed=6, name="three")

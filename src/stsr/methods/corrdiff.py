@@ -134,7 +134,9 @@ class CorrDiff(UNetRegression):
         weight = max(1 - _SPREAD_MEMORY, 1 / (float(self.followed) + 2))  # a plain mean at first
         self.followed += 1
         self.spread.lerp_(draw.std((0, 2, 3)).clamp(0.05, 3.0), weight)
-        change = torch.einsum("pr,bryx->bpyx", loadings, draw).clamp(-_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE)
+        change = torch.einsum("pr,bryx->bpyx", loadings, draw).clamp(
+            -_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE
+        )
         growth = (rate * change.exp()).sum((0, 2, 3)) / rate.sum((0, 2, 3)).clamp_min(1e-9)
         self.growth.lerp_(growth, weight)
 
@@ -190,7 +192,11 @@ def leading_directions(loadings: torch.Tensor, reference: torch.Tensor, count: i
 
 
 def posterior_draw(
-    counts: torch.Tensor, rate: torch.Tensor, loadings: torch.Tensor, spread: torch.Tensor, generator: torch.Generator
+    counts: torch.Tensor,
+    rate: torch.Tensor,
+    loadings: torch.Tensor,
+    spread: torch.Tensor,
+    generator: torch.Generator,
 ) -> torch.Tensor:
     """A draw of each bin's residual from its posterior given the bin's counts, in Laplace's approximation.
 
