@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from stsr.data.batch import Field
+from stsr.data.batch import Batch, Field
 from stsr.data.grid import Grid, add_up
 from stsr.data.mapwriter import CHUNKS, MapWriter
 from stsr.data.tiles import Canvas, Tile, plan
@@ -142,13 +142,7 @@ class Run:
             for start in range(0, len(batch.names), _GENES_AT_ONCE):
                 part = slice(start, min(start + _GENES_AT_ONCE, len(batch.names)))
                 genes = batch.of_genes(torch.arange(part.start, part.stop))
-                draws = [
-                    method.predict(genes, noise, features, one)[0].float()
-                    for noise, one in zip(noises, drawn, strict=False)
-                ]  # (g, H, W) each
-                mean = (
-                    method.mean(genes, features)[0].float() if method.knows_mean else sum(draws) / len(draws)
-                )
+                mean, draws = self._predictions(genes, noises, features, drawn)
                 maps = [mean]
                 if task.spread:
                     maps.append(torch.stack([add_up(draw, task.factor) for draw in draws]).std(0))
@@ -158,6 +152,18 @@ class Run:
                         f"the model {task.loaded.model} gives values that are no numbers; train it anew"
                     )
                 yield part, arrays
+
+    def _predictions(self, genes: Batch, noises, features, drawn) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The expected counts (g, H, W), and the samples that they or their spread are made of."""
+        method = self.task.loaded.method
+        if method.knows_mean:
+            mean = method.mean(genes, features)
+            draws = [method.vary(genes, mean, one)[0].float() for one in drawn]
+            return mean[0].float(), draws
+        drawn = drawn or [None] * len(noises)
+        pairs = zip(noises, drawn, strict=True)
+        draws = [method.predict(genes, noise, features, one)[0].float() for noise, one in pairs]
+        return sum(draws) / len(draws), draws
 
     def _correct(self, writer: MapWriter) -> float:
         """Make whole maps add up to the spots, a few genes at a time; the spread goes with them."""

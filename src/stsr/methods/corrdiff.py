@@ -172,13 +172,16 @@ class CorrDiff(UNetRegression):
         """One sample of the expected counts per bin (b, g, H, W)."""
         features = self.condition(batch) if features is None else features
         drawn = self.draw(batch, features, noise) if drawn is None else drawn
+        return self.vary(batch, self.mean(batch, features), drawn)
+
+    def vary(self, batch: Batch, mean: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """The mean times what the residual does to each gene."""
         loadings = batch.genes @ self.loadings @ self.turn  # (g, r)
-        inside = batch.genes.sum(1)
-        growth = torch.log(batch.genes @ self.growth + (1 - inside))
+        growth = torch.log(batch.genes @ self.growth + (1 - batch.genes.sum(1)))
         change = torch.einsum("gr,bryx->bgyx", loadings, drawn).clamp(
             -_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE
         )
-        return (self.log_rate(batch, features) + change - growth[None, :, None, None]).exp()
+        return mean * (change - growth[None, :, None, None]).exp()
 
 
 def leading_directions(loadings: torch.Tensor, reference: torch.Tensor, count: int) -> torch.Tensor:

@@ -97,6 +97,10 @@ class Method(nn.Module):
         """Expected counts (b, g, H, W) without sampling, of methods that know them."""
         raise TypeError(f"{type(self).__name__} has no mean but that of its samples")
 
+    def vary(self, batch: Batch, mean: torch.Tensor, drawn: Any) -> torch.Tensor:
+        """One sample (b, g, H, W) from the mean and what was drawn, of methods that know their mean."""
+        raise TypeError(f"{type(self).__name__} has no mean to vary")
+
     def scale(self, batch: Batch) -> torch.Tensor:
         """Mean counts per low-resolution pixel (b, g) of the batch's genes: the section's own, else the reference."""
         mixed = batch.genes @ self.reference  # (g,)
