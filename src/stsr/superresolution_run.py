@@ -145,7 +145,7 @@ class Run:
                 mean, draws = self._predictions(genes, noises, features, drawn)
                 maps = [mean]
                 if task.spread:
-                    maps.append(torch.stack([add_up(draw, task.factor) for draw in draws]).std(0))
+                    maps.append(_spread(draws, mean, task.factor))
                 arrays = [values.cpu().numpy() for values in maps]
                 if not all(np.isfinite(values).all() for values in arrays):
                     raise StsrError(
@@ -213,6 +213,14 @@ class _White:
 
     def read(self, grid: Grid) -> np.ndarray:
         return np.full((3, *grid.shape), 255, np.uint8)
+
+
+def _spread(draws: list[torch.Tensor], mean: torch.Tensor, factor: int) -> torch.Tensor:
+    """Standard deviation of samples (g, H, W) of output bins; around the mean, which keeps float32 exact enough."""
+    apart = [add_up(draw - mean, factor) for draw in draws]
+    first = sum(apart) / len(apart)
+    squares = sum(one * one for one in apart) - len(apart) * first * first
+    return (squares / (len(apart) - 1)).clamp_min(0).sqrt()
 
 
 def _noises(seed: int, samples: int) -> list[Noise]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from stsr.diffusion.noise import TileNoise
 from stsr.errors import UsageError
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """Predicts high-resolution counts.
 
     Subclasses have a frozen dataclass ``Config`` beside them and take ``(config, panel, reference)``.
@@ -79,6 +80,7 @@ class Method(nn.Module):
         """What a sample has in common for all genes; called once per tile and sample."""
         return None
 
+    @abstractmethod
     def predict(
         self, batch: Batch, noise: TileNoise, features: Any = None, drawn: Any = None
     ) -> torch.Tensor:
@@ -91,7 +93,6 @@ class Method(nn.Module):
         features, drawn
             What `condition` and `draw` gave for these tiles.
         """
-        raise NotImplementedError
 
     def mean(self, batch: Batch, features: Any) -> torch.Tensor:
         """Expected counts (b, g, H, W) without sampling, of methods that know them."""
