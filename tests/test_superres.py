@@ -117,7 +117,9 @@ def test_same_seed_same_bits_whatever_the_order_and_the_blocks(store, model, mon
     superres(path, model=model, genes=GENES, seed=6, name="three")
     for suffix in ("", "_sd"):
         one, two = read(path, "one" + suffix), read(path, "two" + suffix, GENES)
-        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            one, two, rtol=1e-4 if suffix else 1e-5, atol=1e-7
+        )  # a spread is a difference
     assert not np.allclose(read(path, "one_sd"), read(path, "three_sd"), rtol=1e-2)
 
 
