@@ -134,10 +134,11 @@ class Run:
         window = tile.of(task.grid)
         corner = (tile.row + task.origin[0], tile.column + task.origin[1])
         noises = [TileNoise(noise, (corner,)) for noise in _noises(task.seed, task.samples)]
-        with torch.inference_mode(), _precision(device):
+        with torch.inference_mode():
             panel = self.panel.batch(window).to(device)
-            features = method.condition(panel)
-            drawn = [method.draw(panel, features, noise) for noise in noises] if self.draws else []
+            with _precision(device):
+                features = method.condition(panel)
+                drawn = [method.draw(panel, features, noise) for noise in noises] if self.draws else []
             batch = field.batch(window, panel.image).to(device)
             for start in range(0, len(batch.names), _GENES_AT_ONCE):
                 part = slice(start, min(start + _GENES_AT_ONCE, len(batch.names)))
@@ -156,13 +157,12 @@ class Run:
     def _predictions(self, genes: Batch, noises, features, drawn) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The expected counts (g, H, W), and the samples that they or their spread are made of."""
         method = self.task.loaded.method
-        if method.knows_mean:
+        if method.knows_mean:  # no network any more: full precision
             mean = method.mean(genes, features)
-            draws = [method.vary(genes, mean, one)[0].float() for one in drawn]
-            return mean[0].float(), draws
-        drawn = drawn or [None] * len(noises)
-        pairs = zip(noises, drawn, strict=True)
-        draws = [method.predict(genes, noise, features, one)[0].float() for noise, one in pairs]
+            return mean[0], [method.vary(genes, mean, one)[0] for one in drawn]
+        pairs = zip(noises, drawn or [None] * len(noises), strict=True)
+        with _precision(self.task.loaded.device):
+            draws = [method.predict(genes, noise, features, one)[0].float() for noise, one in pairs]
         return sum(draws) / len(draws), draws
 
     def _correct(self, writer: MapWriter) -> float:
@@ -243,6 +243,7 @@ def _first_needed(bands: list[list[Tile]], done: list[bool]) -> int | None:
 
 
 def _precision(device: torch.device):
+    """Half precision for networks on CUDA."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 

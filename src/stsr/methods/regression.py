@@ -111,7 +111,7 @@ class UNetRegression(Method):
             spots, scale_factor=per_lr, mode="bilinear", align_corners=False
         )  # (b, c, H, W)
         image = (batch.image.to(spots.dtype) / 255 - IMAGE_MEAN) / IMAGE_SPREAD
-        return self.trunk(torch.cat([image, spots], 1))
+        return self.trunk(torch.cat([image, spots], 1)).float()
 
     def _oriented(self, batch: Batch, view: int) -> torch.Tensor:
         """Factor maps of a tile turned by ``view`` quarter turns (mirrored from 4 on), turned back."""
