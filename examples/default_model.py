@@ -29,13 +29,16 @@ REGIONS = {
 SETTINGS = {
     "widths": [48, 72, 96],
     "factors": 48,
-    "steps": 2000,
     "spots": ["square", "visium"],
     "gap_lr": 1,
     "select": "last",
     "storage": "float16",
-    "residual_from": 0.6,
 }
+# The mean first, then the residual around it, while the mean goes on at a lower rate.
+STAGES = (
+    ("mean", {"steps": 2000, "residual_from": 1.0}),
+    ("default", {"steps": 400, "residual_from": 0.0, "learning_rate": 4e-4, "residual_tiles": 3}),
+)
 PROVENANCE = {
     "data": "10x Genomics, FFPE human breast cancer block, Janesick et al. 2023, Nat Commun 14:8353",
     "data_licence": "CC BY 4.0",
@@ -60,18 +63,27 @@ def main() -> None:
     for store in stores:
         if not store.exists():
             stsr.prepare(asked.data / store.stem, store)
-    settings = {k: v for k, v in SETTINGS.items() if asked.method == "corrdiff" or k != "residual_from"}
-    stsr.train(
-        stores,
-        asked.output,
-        method=asked.method,
-        config=settings,
-        settings=asked.settings,
-        regions=REGIONS,
-        seed=asked.seed,
-        provenance=PROVENANCE,
-        progress=lambda sentence, part: print(f"{100 * part:5.1f} %  {sentence}", flush=True),
-    )
+    start = None
+    for name, stage in STAGES if asked.method == "corrdiff" else STAGES[:1]:
+        settings = SETTINGS | {k: v for k, v in stage.items() if asked.method == "corrdiff" or k == "steps"}
+        last = name == "default" or asked.method != "corrdiff"
+        output = asked.output if last else asked.output.with_name(f"{asked.output.stem}_{name}.safetensors")
+        if start is None and output.exists() and not last:
+            start = output
+            continue
+        stsr.train(
+            stores,
+            output,
+            method=asked.method,
+            config=settings,
+            settings=asked.settings,
+            regions=REGIONS,
+            seed=asked.seed,
+            init=start,
+            provenance=PROVENANCE,
+            progress=lambda sentence, part: print(f"{100 * part:5.1f} %  {sentence}", flush=True),
+        )
+        start = output
     print(asked.output)
 
 

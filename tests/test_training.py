@@ -317,3 +317,18 @@ def test_devices_and_threads(monkeypatch):
             set_threads(0)
     finally:
         torch.set_num_threads(now)
+
+
+def test_a_model_can_be_the_start_of_another(whole, section, tmp_path):
+    gentle = ["learning_rate=1e-9", "weight_decay=0"]
+    output = small(section, tmp_path / "m.safetensors", init=whole, steps=1, settings=gentle)
+    before, after = (checkpoint.load(path).method.state_dict() for path in (whole, output))
+    for key in before:
+        torch.testing.assert_close(after[key], before[key], atol=1e-4, rtol=1e-4)
+    with pytest.raises(UsageError, match="another config"):
+        small(section, tmp_path / "n.safetensors", init=whole, settings=["factors=5"])
+    with pytest.raises(UsageError, match="another panel"):
+        small(section, tmp_path / "n.safetensors", init=whole, settings=["genes=5"])
+    with pytest.raises(UsageError, match="is a unet"):
+        small(section, tmp_path / "n.safetensors", init=whole, method="c3diff", config={"train": SMALL["train"]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.run", "m.safetensors"]

@@ -121,6 +121,30 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     return Checkpoint(method.to(device).eval(), name, provenance, digest(path))
 
 
+def start_from(method: Method, path: str | Path) -> None:
+    """Give a method the weights of a checkpoint; buffers of another shape keep their start.
+
+    Raises
+    ------
+    UsageError
+        If the weights do not fit the method's config.
+    StsrError
+        As `load`.
+    """
+    header, tensors = read_tensors(path)
+    _check_format(Path(path), header)
+    own = method.state_dict()
+    for key, parameter in method.named_parameters():
+        if key not in tensors or tensors[key].shape != parameter.shape:
+            raise UsageError(
+                f"{path} was trained with another config; give the settings that it was trained with"
+            )
+    fitting = {
+        key: tensor for key, tensor in tensors.items() if key in own and tensor.shape == own[key].shape
+    }
+    method.load_state_dict(fitting, strict=False)
+
+
 def describe(path: str | Path) -> dict:
     """What a checkpoint's header says, without its weights: method, config, panel, requirements, provenance.
 

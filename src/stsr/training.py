@@ -41,6 +41,7 @@ def train(
     regions: dict | str | Path | None = None,
     device: str = "auto",
     seed: int = 0,
+    init: str | Path | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     provenance: dict | None = None,
@@ -71,6 +72,8 @@ def train(
         As in `stsr.device.resolve_device`.
     seed
         Two runs of one seed on one CPU give the same file, bit for bit.
+    init
+        A checkpoint of the same method, config and panel whose weights are the start, for fine-tuning.
     overwrite
         Replace a model that is there, and drop an unfinished run with other settings.
     dry_run
@@ -103,7 +106,7 @@ def train(
     if not dry_run:
         run.check(None, overwrite)
     with _own_randomness():
-        job = make_job(sections, method, config, settings, steps, val, regions, device, seed, progress)
+        job = make_job(sections, method, config, settings, steps, val, regions, device, seed, init, progress)
         if dry_run:
             return {"output": str(output), **described(job), **_timed(job)}
         with run.owned():
@@ -154,6 +157,8 @@ def _fresh(job: Job) -> State:
     """Everything at step 0."""
     torch.manual_seed(job.number("weights", 0))
     method = job.method(job.method_config, job.tiles.panel, job.tiles.reference)
+    if job.init is not None:
+        checkpoint.start_from(method, job.init)
     method = method.to(job.device).to(memory_format=torch.channels_last).train()
     ema = copy.deepcopy(method).eval().requires_grad_(False)
     if job.config.compile and job.device.type == "cuda":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import stsr
+from stsr import checkpoint
 from stsr.data.dataset import TrainingTiles
 from stsr.data.section import open_section
 from stsr.data.trainingsection import check_section
@@ -34,6 +35,8 @@ class Job:
     tiles: TrainingTiles
     device: torch.device
     seed: int
+    init: Path | None
+    """A checkpoint whose weights are the start."""
     settings: dict
     """All that the result depends on, JSON-able."""
 
@@ -49,7 +52,7 @@ class Job:
         return int.from_bytes(blake2b(name, digest_size=7).digest(), "little")
 
 
-def make_job(sections, method, config, settings, steps, val, regions, device, seed, progress) -> Job:
+def make_job(sections, method, config, settings, steps, val, regions, device, seed, init, progress) -> Job:
     """Resolve everything and read the sections; arguments as `stsr.training.train` has them."""
     if not sections:
         raise UsageError("there is nothing to learn from; name at least one section")
@@ -94,7 +97,24 @@ def make_job(sections, method, config, settings, steps, val, regions, device, se
         "sections": [section.name for section in opened],
         "data": tiles.digest,
     }
-    return Job(name, chosen, method_config, training, tiles, where, seed, json.loads(json.dumps(whole)))
+    if init is not None:
+        whole["init"] = _check_init(Path(init), name, tiles.panel)
+    start = None if init is None else Path(init)
+    return Job(
+        name, chosen, method_config, training, tiles, where, seed, start, json.loads(json.dumps(whole))
+    )
+
+
+def _check_init(path: Path, name: str, panel: tuple[str, ...]) -> str:
+    """The digest of a checkpoint that this training can start from."""
+    header = checkpoint.describe(path)
+    if header["method"] != name:
+        raise UsageError(
+            f"{path} is a {header['method']}; go on with --method {header['method']}, or without --init"
+        )
+    if tuple(header["panel"]) != tuple(panel):
+        raise UsageError(f"{path} has another panel than these sections share; train without --init")
+    return checkpoint.digest(path)
 
 
 def _read_regions(regions: dict | str | Path | None) -> dict:

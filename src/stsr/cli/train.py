@@ -30,6 +30,9 @@ def train(
         Path | None,
         typer.Option(help="JSON file of rectangles to leave out or to validate on."),
     ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Model to start from, of the same method, config and panel.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the configuration and stop.")] = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -55,6 +58,7 @@ def train(
             regions=regions,
             device=device,
             seed=seed,
+            init=init,
             overwrite=overwrite,
             dry_run=dry_run,
             progress=console.progress,

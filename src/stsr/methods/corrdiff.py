@@ -22,6 +22,8 @@ from stsr.nn.unet import UNet
 
 _SPREAD_MEMORY = 0.99  # of the running estimates of the residual's spread and growth
 _NEWTON_STEPS = 4  # to the mode of a bin's posterior; nearly all bins are there after three
+_LEVELS = 7  # of the expected total, from e^0 to e^6 counts per bin
+_LEAST_BINS = 20  # that tell a level's spread
 _LARGEST_LOG_CHANGE = 3.0  # a draw changes a gene by at most e^3: beyond it training has seen nothing
 
 
@@ -89,7 +91,7 @@ class CorrDiff(UNetRegression):
             embedding_channels=2 * width,
         )
         self.register_buffer("turn", torch.zeros(config.factors, self.directions))
-        self.register_buffer("spread", torch.ones(self.directions))
+        self.register_buffer("spread", torch.full((_LEVELS, self.directions), 0.5))
         self.register_buffer("growth", torch.ones(len(self.panel)))
         self.register_buffer("followed", torch.zeros(()))
 
@@ -114,10 +116,11 @@ class CorrDiff(UNetRegression):
             if not bool(self.turn.any()):
                 self.turn.copy_(leading_directions(self.loadings, self.reference, self.directions))
             loadings = self.loadings @ self.turn  # (p, r)
-            draw = posterior_draw(batch.hr, rate, loadings, self.spread, generator)  # (b, r, H, W)
+            spread = self.spread_at(rate)  # (b, r, H, W)
+            draw = posterior_draw(batch.hr, rate, loadings, spread.movedim(1, -1), generator)
+            residual = draw / spread
             if self.training:
                 self.follow(draw, loadings, rate)
-            residual = draw / self.spread[None, :, None, None]
             sigma = lognormal_sigmas(len(batch), generator, self.config.p_mean, self.config.p_std).to(
                 residual.device
             )
@@ -129,16 +132,28 @@ class CorrDiff(UNetRegression):
         weight = self.precondition.loss_weight(sigma)[:, None, None, None]
         return (weight * (denoised - residual) ** 2).mean()
 
+    def spread_at(self, rate: torch.Tensor) -> torch.Tensor:
+        """Standard deviation of the residual (b, r, H, W) where so much is expected in all.
+
+        It falls with the expected total: a bin with hundreds of counts is known far better than one with none. In
+        these units the residual has a spread of one everywhere, which is what a denoiser learns well.
+        """
+        return torch.einsum("byxl,lr->bryx", _level_weights(rate), self.spread)
+
     def follow(self, draw: torch.Tensor, loadings: torch.Tensor, rate: torch.Tensor) -> None:
-        """Keep the running spread of the residual, and the growth that exp() gives each gene's total."""
-        weight = max(1 - _SPREAD_MEMORY, 1 / (float(self.followed) + 2))  # a plain mean at first
+        """Keep the running spread of the residual at each level, and the growth that exp() gives a gene's total."""
+        memory = max(1 - _SPREAD_MEMORY, 1 / (float(self.followed) + 2))  # a plain mean at first
         self.followed += 1
-        self.spread.lerp_(draw.std((0, 2, 3)).clamp(0.05, 3.0), weight)
+        weights = _level_weights(rate)
+        bins = weights.sum((0, 1, 2))[:, None]  # (levels, 1)
+        variance = torch.einsum("byxl,bryx->lr", weights, draw**2) / bins.clamp_min(1e-9)
+        found = variance.sqrt().clamp(0.05, 1.5)
+        self.spread.lerp_(torch.where(bins > _LEAST_BINS, found, self.spread), memory)
         change = torch.einsum("pr,bryx->bpyx", loadings, draw).clamp(
             -_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE
         )
         growth = (rate * change.exp()).sum((0, 2, 3)) / rate.sum((0, 2, 3)).clamp_min(1e-9)
-        self.growth.lerp_(growth, weight)
+        self.growth.lerp_(growth, memory)
 
     def guide(self, factors: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
         """What the denoiser reads (b, factors + 1, H, W): the mean's factors, and how much is expected in all."""
@@ -153,7 +168,8 @@ class CorrDiff(UNetRegression):
         height, width = features.shape[-2:]
         names = [f"direction {number}" for number in range(self.directions)]
         source = noise.source(names, height, width, features.device)
-        guide = self.guide(features, self.log_rate(batch, features).exp())
+        rate = self.log_rate(batch, features).exp()
+        guide = self.guide(features, rate)
         nothing = torch.zeros_like(guide)
         residual = self.sampling.walk(
             lambda x, sigma: self.precondition.denoised(self.network, x, sigma, guide),
@@ -162,7 +178,7 @@ class CorrDiff(UNetRegression):
             self.config.sigma_min,
             self.config.sigma_max,
         )
-        return residual * self.spread[None, :, None, None]
+        return residual * self.spread_at(rate)
 
     def mean(self, batch: Batch, features) -> torch.Tensor:
         """Expected counts (b, g, H, W) of the regression, free of sampling noise."""
@@ -182,6 +198,13 @@ class CorrDiff(UNetRegression):
             -_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE
         )
         return mean * (change - growth[None, :, None, None]).exp()
+
+
+def _level_weights(rate: torch.Tensor) -> torch.Tensor:
+    """How much a bin belongs to each level of the expected total: (b, p, H, W) -> (b, H, W, levels), linear between."""
+    place = torch.log1p(rate.sum(1)).clamp(max=_LEVELS - 1.0)  # a level for every factor of e
+    levels = torch.arange(_LEVELS, device=rate.device)
+    return (1 - (place[..., None] - levels).abs()).clamp_min(0)
 
 
 def leading_directions(loadings: torch.Tensor, reference: torch.Tensor, count: int) -> torch.Tensor:
@@ -214,7 +237,7 @@ def posterior_draw(
     loadings
         W (p, r).
     spread
-        (r,), standard deviation of the prior.
+        (r,) or (b, H, W, r), standard deviation of the prior.
 
     Returns
     -------
@@ -222,7 +245,7 @@ def posterior_draw(
         (b, r, H, W).
     """
     pairs = (loadings[:, :, None] * loadings[:, None, :]).flatten(1)  # (p, r * r)
-    size = len(spread)
+    size = spread.shape[-1]
     prior = spread**-2
     strongest = loadings.norm(dim=1).max()
     state = torch.zeros(*rate.shape[:1], *rate.shape[2:], size, device=rate.device)  # (b, H, W, r)
@@ -230,7 +253,7 @@ def posterior_draw(
         change = torch.einsum("pr,byxr->bpyx", loadings, state)
         current = rate * change.clamp(-_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE).exp()
         information = torch.einsum("bpyx,pq->byxq", current, pairs).unflatten(-1, (size, size))
-        factor = torch.linalg.cholesky(information + torch.diag(prior))  # (b, H, W, r, r)
+        factor = torch.linalg.cholesky(information + torch.diag_embed(prior))  # (b, H, W, r, r)
         if number == _NEWTON_STEPS:
             break  # the last round is for the precision at the mode
         slope = torch.einsum("bpyx,pr->byxr", counts - current, loadings) - prior * state
