@@ -330,5 +330,7 @@ def test_a_model_can_be_the_start_of_another(whole, section, tmp_path):
     with pytest.raises(UsageError, match="another panel"):
         small(section, tmp_path / "n.safetensors", init=whole, settings=["genes=5"])
     with pytest.raises(UsageError, match="is a unet"):
-        small(section, tmp_path / "n.safetensors", init=whole, method="c3diff", config={"train": SMALL["train"]})
+        small(
+            section, tmp_path / "n.safetensors", init=whole, method="c3diff", config={"train": SMALL["train"]}
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.run", "m.safetensors"]

@@ -357,6 +357,7 @@ def _save_model(job: Job, state: State, output: Path, provenance: dict | None) -
     best = job.config.select == "best" and bool(state.best_weights)
     if best:
         state.ema.load_state_dict(state.best_weights)
+    state.ema.finish(batch.to(job.device) for batch in job.tiles.validation_batches(job.config.batch))
     record = {
         "sections": job.settings["sections"],
         "regions": job.settings["regions"],

@@ -7,13 +7,16 @@ so one draw serves every gene, in the panel or not.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
 
 from stsr.data.batch import Batch
 from stsr.diffusion import Preconditioning, lognormal_sigmas
+from stsr.diffusion.noise import Noise, TileNoise
 from stsr.methods.method import random_normal
 from stsr.methods.regression import RegressionConfig, UNetRegression
 from stsr.methods.sampling import Sampling
@@ -22,6 +25,9 @@ from stsr.nn.unet import UNet
 
 _SPREAD_MEMORY = 0.99  # of the running estimates of the residual's spread and growth
 _NEWTON_STEPS = 4  # to the mode of a bin's posterior; nearly all bins are there after three
+_TEMPERATURES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_CALIBRATION_BATCHES = 2
+_CALIBRATION_FLOOR = 0.05  # counts per bin, below which a bin says nothing of variances
 _LEVELS = 7  # of the expected total, from e^0 to e^6 counts per bin
 _LEAST_BINS = 20  # that tell a level's spread
 _LARGEST_LOG_CHANGE = 3.0  # a draw changes a gene by at most e^3: beyond it training has seen nothing
@@ -94,6 +100,7 @@ class CorrDiff(UNetRegression):
         self.register_buffer("spread", torch.full((_LEVELS, self.directions), 0.5))
         self.register_buffer("growth", torch.ones(len(self.panel)))
         self.register_buffer("followed", torch.zeros(()))
+        self.register_buffer("temperature", torch.ones(_LEVELS))
 
     def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Poisson likelihood of the mean and, once there is one, denoising error of the residual."""
@@ -178,7 +185,8 @@ class CorrDiff(UNetRegression):
             self.config.sigma_min,
             self.config.sigma_max,
         )
-        return residual * self.spread_at(rate)
+        temperature = (_level_weights(rate) @ self.temperature)[:, None]  # (b, 1, H, W)
+        return residual * self.spread_at(rate) * temperature
 
     def mean(self, batch: Batch, features) -> torch.Tensor:
         """Expected counts (b, g, H, W) of the regression, free of sampling noise."""
@@ -192,12 +200,61 @@ class CorrDiff(UNetRegression):
 
     def vary(self, batch: Batch, mean: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
         """The mean times what the residual does to each gene."""
-        loadings = batch.genes @ self.loadings @ self.turn  # (g, r)
         growth = torch.log(batch.genes @ self.growth + (1 - batch.genes.sum(1)))
-        change = torch.einsum("gr,bryx->bgyx", loadings, drawn).clamp(
-            -_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE
-        )
-        return mean * (change - growth[None, :, None, None]).exp()
+        return mean * (self._change(batch, drawn) - growth[None, :, None, None]).exp()
+
+    def _change(self, batch: Batch, drawn: torch.Tensor) -> torch.Tensor:
+        """Change of the logarithm of each gene (b, g, H, W)."""
+        change = torch.einsum("gr,bryx->bgyx", batch.genes @ self.loadings @ self.turn, drawn)
+        return change.clamp(-_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE)
+
+    @torch.no_grad()
+    def finish(self, batches: Iterable[Batch]) -> None:
+        """Calibrate samples on validation tiles: their variance shall be what counts vary beyond Poisson.
+
+        A denoiser of finite training gives residuals with heavier tails than its targets, and exp() makes the most of
+        them where much is expected. So each level of the expected total gets the temperature, a factor of its
+        residuals, that fits there; a gene's variances are divided by its mean, so that not a few genes decide. `growth`
+        is then taken again.
+        """
+        if not bool(self.turn.any()):
+            return
+        self.temperature.fill_(1)
+        batches = list(islice(batches, _CALIBRATION_BATCHES))
+        excess, spread = torch.zeros(_LEVELS), torch.zeros(len(_TEMPERATURES), _LEVELS)
+        for batch in batches:
+            mean, drawn = self._calibration(batch)
+            weights = _level_weights(mean).cpu()
+            excess += _at_levels((batch.hr - mean) ** 2 - mean, mean, weights)
+            for number, temperature in enumerate(_TEMPERATURES):
+                for one in drawn:
+                    sample = mean * self._change(batch, temperature * one).exp()
+                    level = (mean.sum((0, 2, 3)) / sample.sum((0, 2, 3)).clamp_min(1e-9))[None, :, None, None]
+                    spread[number] += _at_levels((sample * level - mean) ** 2, mean, weights) / len(drawn)
+        apart = (spread.clamp_min(1e-9).log() - excess.clamp_min(1e-9).log()).abs()
+        self.temperature.copy_(torch.tensor(_TEMPERATURES)[apart.argmin(0)])
+        total, grown = torch.zeros_like(self.growth), torch.zeros_like(self.growth)
+        for batch in batches:
+            mean, drawn = self._calibration(batch)
+            total += mean.sum((0, 2, 3))
+            grown += sum((mean * self._change(batch, one).exp()).sum((0, 2, 3)) for one in drawn) / len(drawn)
+        self.growth.copy_(grown / total.clamp_min(1e-9))
+
+    def _calibration(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        features = self.condition(batch)
+        return self.mean(batch, features), [
+            self.draw(batch, features, noise) for noise in _calibration_noises(len(batch))
+        ]
+
+
+def _at_levels(square: torch.Tensor, mean: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sums (levels,) of squares relative to the mean (b, p, H, W)."""
+    return torch.einsum("byx,byxl->l", (square / (mean + _CALIBRATION_FLOOR)).sum(1).cpu(), weights)
+
+
+def _calibration_noises(tiles: int) -> list[TileNoise]:
+    corners = tuple((0, 1000 * tile) for tile in range(tiles))
+    return [TileNoise(Noise(0, sample), corners) for sample in range(2)]
 
 
 def _level_weights(rate: torch.Tensor) -> torch.Tensor:

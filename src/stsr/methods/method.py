@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
@@ -68,6 +69,9 @@ class Method(nn.Module, ABC):
             Where all of the loss's randomness comes from.
         """
         raise TypeError(f"{type(self).__name__} has nothing to learn")
+
+    def finish(self, batches: Iterable[Batch]) -> None:
+        """Whatever is set once, after training, on validation tiles; called on the weights that are kept."""
 
     def condition(self, batch: Batch) -> Any:
         """Everything about a tile that depends neither on a gene nor on noise; ``batch.genes`` is the panel.
