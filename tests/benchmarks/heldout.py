@@ -1,4 +1,4 @@
-"""Scores on the held-out development area: python tests/benchmarks/heldout.py SECTION.zarr --model LABEL=FILE[,FILE ...]
+"""Scores on the development area: python tests/benchmarks/heldout.py SECTION.zarr --model LABEL=FILE[,FILE ...]
 
 SECTION.zarr is `xenium_same_he` as `stsr prepare` makes it. Its lower right quarter (1 x 1 mm) was kept out of the
 training of every model by `examples/default_model.py`. Spots are simulated from the section's own transcripts, every
