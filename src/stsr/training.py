@@ -311,7 +311,7 @@ def _validate(job: Job, run: Run, state: State, progress: Progress | None) -> No
             terms = state.ema.loss(batch, 1.0, job.generator("validation", number))
         for name, term in terms.items():
             totals[name] = totals.get(name, 0.0) + float(term) * len(batch) / job.tiles.validation_count
-        if not job.method.samples:  # one prediction costs no more than a loss
+        if state.ema.knows_mean or not state.ema.samples:  # one prediction costs no more than a loss
             moments = _moments(_predicted(state.ema, batch), batch.hr, moments)
     line = {f"val_{name}": value for name, value in totals.items()}
     if moments is not None:
@@ -330,9 +330,11 @@ def _validate(job: Job, run: Run, state: State, progress: Progress | None) -> No
 
 
 def _predicted(method: Method, batch: Batch) -> torch.Tensor:
-    """Counts per bin (b, g, H, W) of a method without noise."""
-    noise = TileNoise(Noise(0), tuple((0, 0) for _ in range(len(batch))))
+    """Expected counts per bin (b, g, H, W) of a method that needs no sampling for them."""
     features = method.condition(batch)
+    if method.knows_mean:
+        return method.mean(batch, features)
+    noise = TileNoise(Noise(0), tuple((0, 0) for _ in range(len(batch))))
     return method.predict(batch, noise, features, method.draw(batch, features, noise))
 
 

@@ -16,6 +16,7 @@ METHODS = {
     "unet": "stsr.methods.regression:UNetRegression",
     "corrdiff": "stsr.methods.corrdiff:CorrDiff",
     "c3diff": "stsr.methods.c3diff:C3Diff",
+    "diffst": "stsr.methods.diffst:DiffST",
 }
 
 
@@ -29,7 +30,7 @@ def method_class(name: str) -> type:
     """
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"no method is called {name!r}{hint} There are: {', '.join(METHODS)}.")
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(METHODS)}"
+        raise UsageError(f"no method is called {name!r}; {hint}")
     module, attribute = METHODS[name].split(":")
     return getattr(importlib.import_module(module), attribute)

@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from stsr.data.batch import Batch, Requirements
-from stsr.diffusion import Preconditioning, lognormal_sigmas
 from stsr.diffusion.noise import TileNoise
+from stsr.diffusion.precond import Denoise
 from stsr.methods.contrastive import (
     content_loss,
     falling,
@@ -31,7 +31,8 @@ from stsr.methods.contrastive import (
     inter_loss,
     modal_loss,
 )
-from stsr.methods.method import Method, random_normal
+from stsr.methods.denoising import Denoising, DenoisingConfig
+from stsr.methods.method import Method
 from stsr.methods.sampling import Sampling
 from stsr.methods.target import Residual
 from stsr.nn.blocks import ScalarEmbedding
@@ -46,8 +47,12 @@ LEAST_TEMPERATURE = (
 
 
 @dataclass(frozen=True)
-class C3DiffConfig:
-    """Settings of `C3Diff`. The paper's ablations are values here, e.g. ``modal_weight = 0``.
+class C3DiffConfig(DenoisingConfig):
+    """Settings of `C3Diff`, beside those of `DenoisingConfig`.
+
+    The paper's ablations (Table 3) are values here: no augmentation is ``hypersphere_noise = 0``, no term is a weight
+    of 0; for tiles without spots ``imputation`` is ``none`` (dropout alone), ``zero`` (zero padding), ``mean``
+    (arithmetic mean) or ``dynamic`` (theirs).
 
     Parameters
     ----------
@@ -63,16 +68,8 @@ class C3DiffConfig:
         Length of a gene's code, and of the embedding that steers the U-Net.
     genes_per_tile
         Genes drawn per training step; they share the image's features.
-    smooth_bins
-        Standard deviation of the Gaussian that smooths the target, bins; 0 for none.
-    sigma_data
-        Standard deviation of x0.
-    p_mean, p_std
-        Training draws ``ln(sigma) ~ N(p_mean, p_std^2)``.
-    sigma_min, sigma_max
-        Ends of the schedule when sampling.
-    lr_dropout, condition_dropout
-        Probability, in training, that a tile loses its spots; that a map loses its whole condition, for guidance.
+    lr_dropout
+        Probability, in training, that a tile loses its spots.
     modal_weight, content_weight, inter_weight
         Weights of the contrastive terms. (Content and inter are the released code's, which never used modal.)
     temperature
@@ -84,8 +81,6 @@ class C3DiffConfig:
         weights), ``zero``, or ``none`` (whatever the encoders make of an empty raster).
     imputation_alpha, imputation_beta, imputation_temperature
         Strength at the start of training for modality and content features, falling to 0; tau1.
-    sampler, steps, guidance
-        See `Sampling`.
 
     Raises
     ------
@@ -97,21 +92,14 @@ class C3DiffConfig:
     image_um: float = 10.0
     tile_lr: int = 8
     overlap_lr: int = 3
-    widths: tuple[int, ...] = (32, 64, 96)
+    widths: tuple[int, ...] = (24, 36, 48)
     image_widths: tuple[int, ...] = (24, 32, 48)
     feature_channels: int = 32
     vector_channels: int = 64
     gene_channels: int = 32
     embedding_channels: int = 128
-    genes_per_tile: int = 6
-    smooth_bins: float = 1.0
-    sigma_data: float = 0.9
-    p_mean: float = 0.0
-    p_std: float = 1.4
-    sigma_min: float = 0.02
-    sigma_max: float = 20.0
+    genes_per_tile: int = 4
     lr_dropout: float = 0.15
-    condition_dropout: float = 0.1
     modal_weight: float = 0.05
     content_weight: float = 0.05
     inter_weight: float = 0.03
@@ -121,11 +109,9 @@ class C3DiffConfig:
     imputation_alpha: float = 1.0
     imputation_beta: float = 1.0
     imputation_temperature: float = 0.1
-    sampler: str = "dpmpp_2m"
-    steps: int = 8
-    guidance: float = 1.0
 
     def __post_init__(self):
+        super().__post_init__()
         ratio = self.bin_um / self.image_um if self.image_um > 0 else 0
         if ratio < 1 or abs(ratio - round(ratio)) > 1e-6:
             raise ValueError(f"bin_um ({self.bin_um}) must be a whole number of image_um ({self.image_um})")
@@ -135,19 +121,15 @@ class C3DiffConfig:
             )
         if self.imputation not in IMPUTATIONS:
             raise ValueError(f"imputation is one of {', '.join(IMPUTATIONS)}, not {self.imputation!r}")
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"need 0 < sigma_min < sigma_max, not {self.sigma_min} and {self.sigma_max}")
-        for name in ("sigma_data", "p_std", "temperature", "imputation_temperature", "genes_per_tile"):
+        for name in ("temperature", "imputation_temperature", "genes_per_tile"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("lr_dropout", "condition_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is a probability below 1, not {getattr(self, name)}")
+        if not 0 <= self.lr_dropout < 1:
+            raise ValueError(f"lr_dropout is a probability below 1, not {self.lr_dropout}")
         weights = ("modal_weight", "content_weight", "inter_weight", "imputation_alpha", "imputation_beta")
-        for name in ("smooth_bins", "hypersphere_noise", *weights):
+        for name in ("hypersphere_noise", *weights):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} cannot be negative, as {getattr(self, name)} is")
-        Sampling(self.sampler, self.steps, self.guidance)  # raises for what cannot be sampled
 
 
 @dataclass(frozen=True)
@@ -206,7 +188,7 @@ class C3Diff(Method):
         if not panel:
             raise ValueError("C3-Diff learns genes by their names, and the panel is empty")
         self.sampling = Sampling(config.sampler, config.steps, config.guidance)
-        self.preconditioning = Preconditioning(config.sigma_data)
+        self.denoising = Denoising(config)
         channels, features, embedding = config.widths[0], config.feature_channels, config.embedding_channels
         factor = round(config.bin_um / config.image_um)
 
@@ -252,23 +234,27 @@ class C3Diff(Method):
         maps = self.mix_image(torch.cat([modality_maps, content_maps], dim=1))  # (b, c, H, W)
         return ImageFeatures(maps, modality, content)
 
+    @property
+    def knows_mean(self) -> bool:
+        """Whether training taught the denoiser what to make of nothing."""
+        return self.config.mean_share > 0
+
+    def draw(
+        self, batch: Batch, features: ImageFeatures, noise: TileNoise
+    ) -> tuple[ImageFeatures, TileNoise]:
+        """Genes have nothing in common but the image and the place of their noise."""
+        return features, noise
+
     @torch.no_grad()
     def predict(
         self, batch: Batch, noise: TileNoise, features: ImageFeatures | None = None, drawn: None = None
     ) -> torch.Tensor:
         """One sample of counts per bin (b, g, H, W); their mean over samples is the expectation."""
-        features = self.condition(batch) if features is None else features
-        residual = self._residual(batch)
-        steering = self.genes(batch.genes, self.scale(batch))  # (b, g, e)
-        lr = self._encode_lr(batch, steering)
-        condition = self._condition_genes(batch, features, lr, residual.base, progress=1.0)
-        condition = condition.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (b g, c, H, W)
-        steering = steering.flatten(0, 1)  # (b g, e)
+        residual, conditional = self._conditioned(
+            batch, self.condition(batch) if features is None else features
+        )
         height, width = residual.base.shape[-2:]
-        source = noise.source(batch.names, height, width, condition.device)
-
-        def conditional(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            return self.denoise(x, sigma, condition, steering)
+        source = noise.source(batch.names, height, width, residual.base.device)
 
         def unconditional(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             return self.denoise(x, sigma, self.null_condition, self.null_steering)
@@ -277,10 +263,21 @@ class C3Diff(Method):
             conditional,
             unconditional,
             lambda step: source(step).reshape(-1, 1, height, width),
-            self.config.sigma_min,
-            self.config.sigma_max,
+            self.denoising.sigmas,
         )  # (b g, 1, H, W)
         return residual.decode(x0.reshape(residual.base.shape))
+
+    @torch.no_grad()
+    def mean(self, batch: Batch, features: ImageFeatures) -> torch.Tensor:
+        """Expected counts (b, g, H, W), in one step of the denoiser."""
+        residual, conditional = self._conditioned(batch, features)
+        like = residual.base.flatten(0, 1)[:, None]  # (b g, 1, H, W)
+        return residual.decode(self.denoising.expected(conditional, like).reshape(residual.base.shape))
+
+    def vary(self, batch: Batch, mean: torch.Tensor, drawn: tuple[ImageFeatures, TileNoise]) -> torch.Tensor:
+        """One sample; the mean has no part in it."""
+        features, noise = drawn
+        return self.predict(batch, noise, features)
 
     def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """``denoise``, ``modal``, ``content`` and ``inter``, unweighted, and their weighted sum ``loss``.
@@ -342,7 +339,17 @@ class C3Diff(Method):
             hidden = self.lift(scaled) + condition  # (n, c, H, W)
             return self.unet(hidden, self.level(level) + steering)  # (n, 1, H, W)
 
-        return self.preconditioning.denoised(network, x, sigma)
+        return self.denoising.preconditioning.denoised(network, x, sigma)
+
+    def _conditioned(self, batch: Batch, features: ImageFeatures) -> tuple[Residual, Denoise]:
+        """The denoiser of these tiles' genes, folded into the batch, and what its x0 means."""
+        residual = self._residual(batch)
+        steering = self.genes(batch.genes, self.scale(batch))  # (b, g, e)
+        lr = self._encode_lr(batch, steering)
+        condition = self._condition_genes(batch, features, lr, residual.base, progress=1.0)
+        condition = condition.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (b g, c, H, W)
+        steering = steering.flatten(0, 1)  # (b g, e)
+        return residual, lambda x, sigma: self.denoise(x, sigma, condition, steering)
 
     def _residual(self, batch: Batch) -> Residual:
         """What the denoiser works on, of this batch."""
@@ -382,16 +389,13 @@ class C3Diff(Method):
         self, x0: torch.Tensor, condition: torch.Tensor, steering: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Weighted squared error of x0 (b, g, H, W) at random sigmas: ()."""
-        config = self.config
         x0, condition, steering = x0.flatten(0, 1)[:, None], condition.flatten(0, 1), steering.flatten(0, 1)
-        dropped = self._chance(config.condition_dropout, len(x0), generator).to(x0.device)  # (b g,)
+        dropped = self._chance(self.config.condition_dropout, len(x0), generator).to(x0.device)  # (b g,)
         condition = torch.where(dropped[:, None, None, None], self.null_condition, condition)
         steering = torch.where(dropped[:, None], self.null_steering, steering)  # (b g, e)
-        sigma = lognormal_sigmas(len(x0), generator, config.p_mean, config.p_std).to(x0)  # (b g,)
-        noise = random_normal(x0.shape, generator, x0.device)
-        estimate = self.denoise(x0 + sigma[:, None, None, None] * noise, sigma, condition, steering)
-        error = (estimate - x0).square().mean((1, 2, 3))  # (b g,)
-        return (self.preconditioning.loss_weight(sigma) * error).mean()
+        return self.denoising.error(
+            lambda x, sigma: self.denoise(x, sigma, condition, steering), x0, generator
+        )
 
     def _chance(self, probability: float, count: int, generator: torch.Generator) -> torch.Tensor:
         """Bool (count,), true with this probability in training mode and never otherwise."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from stsr.data.batch import Batch
-from stsr.diffusion import Preconditioning, lognormal_sigmas
+from stsr.diffusion import Preconditioning, karras_sigmas, lognormal_sigmas
 from stsr.diffusion.noise import Noise, TileNoise
 from stsr.methods.method import random_normal
 from stsr.methods.regression import RegressionConfig, UNetRegression
@@ -182,8 +182,7 @@ class CorrDiff(UNetRegression):
             lambda x, sigma: self.precondition.denoised(self.network, x, sigma, guide),
             lambda x, sigma: self.precondition.denoised(self.network, x, sigma, nothing),
             source,
-            self.config.sigma_min,
-            self.config.sigma_max,
+            lambda steps: karras_sigmas(steps, self.config.sigma_min, self.config.sigma_max),
         )
         temperature = (_level_weights(rate) @ self.temperature)[:, None]  # (b, 1, H, W)
         return residual * self.spread_at(rate) * temperature

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from stsr.diffusion import guided, karras_sigmas, sampler
+from stsr.diffusion import guided, sampler
 from stsr.diffusion.precond import Denoise
 from stsr.diffusion.samplers import Draw
 
@@ -46,7 +47,11 @@ class Sampling:
             raise ValueError(f"guidance must be a number from 0 up (1: off), not {self.guidance}")
 
     def walk(
-        self, conditional: Denoise, unconditional: Denoise, draw: Draw, sigma_min: float, sigma_max: float
+        self,
+        conditional: Denoise,
+        unconditional: Denoise,
+        draw: Draw,
+        schedule: Callable[[int], torch.Tensor],
     ) -> torch.Tensor:
         """One sample.
 
@@ -57,14 +62,14 @@ class Sampling:
             asks for it.
         draw
             ``step -> noise``, shaped like the sample; step 0 is the start.
-        sigma_min, sigma_max
-            Ends of the schedule (`karras_sigmas`), in the data's units.
+        schedule
+            ``steps -> sigmas (steps + 1,)`` in the data's units, descending to 0.
 
         Returns
         -------
         torch.Tensor
             x0, like ``draw(0)``.
         """
-        sigmas = karras_sigmas(self.steps, sigma_min, sigma_max)
+        sigmas = schedule(self.steps)
         denoise = guided(conditional, unconditional, self.guidance)
         return sampler(self.sampler)(denoise, float(sigmas[0]) * draw(0), sigmas, draw)

@@ -51,7 +51,7 @@ class ImageEncoder(nn.Module):
     channels
         Channels of the feature map.
     vector_channels
-        Length of the unit vector.
+        Length of the unit vector; 0 for an encoder that is only asked for `maps`.
     factor
         Picture pixels along one pixel of the feature map. The stem shrinks by its prime factors one after the
         other.
@@ -65,7 +65,7 @@ class ImageEncoder(nn.Module):
     """
 
     def __init__(
-        self, channels: int, vector_channels: int, factor: int = 1, widths: Sequence[int] = (24, 32, 48)
+        self, channels: int, vector_channels: int = 0, factor: int = 1, widths: Sequence[int] = (24, 32, 48)
     ):
         super().__init__()
         sizes = [3] + [widths[0]] * len(prime_factors(factor))
@@ -74,12 +74,15 @@ class ImageEncoder(nn.Module):
             stem += [nn.Conv2d(first, second, prime, stride=prime), group_norm(second), nn.SiLU()]
         self.stem = nn.Sequential(*stem)
         self.context = UNet(sizes[-1], channels, widths, zero_out=False)
-        self.project = Projection(channels, vector_channels)
+        self.project = Projection(channels, vector_channels) if vector_channels else None
+
+    def maps(self, picture: torch.Tensor) -> torch.Tensor:
+        """(b, 3, factor H, factor W) of order one -> (b, channels, H, W)."""
+        return self.context(self.stem(picture))
 
     def forward(self, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(b, 3, factor H, factor W) of order one -> (b, channels, H, W) and (b, vector_channels)."""
-        x = self.stem(picture)  # (b, widths[0] or 3, H, W)
-        maps = self.context(x)  # (b, channels, H, W)
+        maps = self.maps(picture)
         return maps, self.project(maps)
 
 

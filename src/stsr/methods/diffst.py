@@ -1,0 +1,375 @@
+"""Diff-ST: cross-modal diffusion of a whole panel jointly, guided by H&E (Wang et al. 2024, arXiv 2404.12973).
+
+Genes are channels of one noisy map. Image and spots become features, modulated by each other and split into what they
+share and what is each one's own (`stsr.methods.crossmodal` has the equations); these condition the denoiser. A gene
+enters and leaves through its row of one table, so that the order of genes does not matter; a gene outside the panel is
+a mixture of panel genes.
+
+It works on counts as standardised residuals to the interpolated spots (`stsr.methods.target`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stsr.data.batch import Batch, Requirements
+from stsr.diffusion.noise import TileNoise
+from stsr.diffusion.precond import Denoise
+from stsr.methods.crossmodal import (
+    CellAttention,
+    GeneGraph,
+    Modulation,
+    PatchEncoder,
+    curriculum,
+    disentangling_loss,
+    entropy,
+    intensity,
+    patches,
+)
+from stsr.methods.denoising import Denoising, DenoisingConfig
+from stsr.methods.method import Method
+from stsr.methods.sampling import Sampling
+from stsr.methods.target import Residual
+from stsr.nn.blocks import ConvBlock, ScalarEmbedding
+from stsr.nn.encoders import ImageEncoder
+from stsr.nn.unet import UNet
+
+
+@dataclass(frozen=True)
+class DiffSTConfig(DenoisingConfig):
+    """Settings of `DiffST`, beside those of `DenoisingConfig`.
+
+    The paper's ablations (Table 2) are values here: no cell-to-tissue attention is ``cell_attention = false``, no
+    curriculum ``curriculum = false``, no modulation ``modulation = false``, no disentangling
+    ``disentangling_weight = 0``, no graph ``graph_weight = 0``.
+
+    Parameters
+    ----------
+    bin_um, image_um
+        Size of bins and of the image pixels that are read, um; bins must be whole numbers of image pixels.
+    tile_lr, overlap_lr
+        Prediction tiles and their least overlap, low-resolution pixels.
+    patch_lr
+        Side of a patch of cells, low-resolution pixels. (The paper's: 160 um.)
+    widths, image_widths
+        Channels of the levels of the denoiser's U-Net, and of the image encoder's.
+    feature_channels
+        Channels of each modality's features.
+    attention_channels
+        Channels of queries, keys and values. (The paper's: 128.)
+    gene_channels
+        Length of a gene's row in the table: how many ways a gene can enter and leave.
+    embedding_channels
+        Of the noise level.
+    cell_attention, curriculum, modulation
+        Whether tissue attends to patches of cells, whether only patches of high entropy are kept, and whether the
+        modalities modulate each other.
+    entropy_threshold
+        Entropy (0..1) above which a patch is kept at the end of training; it rises from 0.
+    region
+        Side of the modulation's region, bins, odd.
+    disentangling_weight
+        Weight of the disentangling loss.
+    graph_weight
+        a of equation 4.
+    lr_dropout
+        Probability, in training, that a tile loses its spots.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+    """
+
+    bin_um: float = 10.0
+    image_um: float = 10.0
+    tile_lr: int = 8
+    overlap_lr: int = 3
+    patch_lr: int = 1
+    widths: tuple[int, ...] = (32, 48, 64)
+    image_widths: tuple[int, ...] = (24, 32, 48)
+    feature_channels: int = 32
+    attention_channels: int = 64
+    gene_channels: int = 32
+    embedding_channels: int = 128
+    cell_attention: bool = True
+    curriculum: bool = True
+    modulation: bool = True
+    entropy_threshold: float = 0.5
+    region: int = 3
+    disentangling_weight: float = 0.05
+    graph_weight: float = 0.2
+    lr_dropout: float = 0.15
+
+    def __post_init__(self):
+        super().__post_init__()
+        ratio = self.bin_um / self.image_um if self.image_um > 0 else 0
+        if ratio < 1 or abs(ratio - round(ratio)) > 1e-6:
+            raise ValueError(f"bin_um ({self.bin_um}) must be a whole number of image_um ({self.image_um})")
+        if not 0 <= self.overlap_lr < self.tile_lr:
+            raise ValueError(
+                f"tiles of {self.tile_lr} low-resolution pixels cannot overlap by {self.overlap_lr}"
+            )
+        if self.patch_lr < 1 or self.tile_lr % self.patch_lr:
+            raise ValueError(f"tile_lr ({self.tile_lr}) must be a whole number of patch_lr ({self.patch_lr})")
+        if self.region < 1 or self.region % 2 == 0:
+            raise ValueError(f"region must be odd, not {self.region}")
+        for name in ("entropy_threshold", "graph_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} lies between 0 and 1, not at {getattr(self, name)}")
+        if not 0 <= self.lr_dropout < 1:
+            raise ValueError(f"lr_dropout is a probability below 1, not {self.lr_dropout}")
+        if not self.disentangling_weight >= 0:
+            raise ValueError(f"disentangling_weight cannot be negative, as {self.disentangling_weight} is")
+        for name in ("gene_channels", "feature_channels", "attention_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a tile is conditioned on.
+
+    Attributes
+    ----------
+    condition
+        (b, c, H, W), for the denoiser.
+    shared, unique
+        (S_y, S_h) and (U_y, U_h), (b, f, H, W) each, for the disentangling loss.
+    expected
+        (b, p, H, W) x0 of the panel, expected without sampling; None where the model does not know it.
+    """
+
+    condition: torch.Tensor
+    shared: tuple[torch.Tensor, torch.Tensor]
+    unique: tuple[torch.Tensor, torch.Tensor]
+    expected: torch.Tensor | None = None
+
+
+class DiffST(Method):
+    """Diffusion of all genes of the panel as channels of one map, conditioned on image and spots.
+
+    Parameters
+    ----------
+    config
+        Settings; the defaults by default.
+    panel
+        Ordered gene names; all of them are denoised jointly.
+    reference
+        As `Method`.
+
+    Attributes
+    ----------
+    sampling
+        How to walk from noise to a map when predicting; from the config, and free to be replaced.
+
+    Raises
+    ------
+    ValueError
+        If the panel is empty.
+    """
+
+    Config = DiffSTConfig
+    samples = True
+
+    def __init__(self, config: DiffSTConfig | None = None, panel: tuple[str, ...] = (), reference=None):
+        config = config or DiffSTConfig()
+        super().__init__(config, panel, reference)
+        if not panel:
+            raise ValueError("Diff-ST learns genes by their names, and the panel is empty")
+        self.sampling = Sampling(config.sampler, config.steps, config.guidance)
+        self.denoising = Denoising(config)
+        features, genes, channels = config.feature_channels, config.gene_channels, config.widths[0]
+        factor = round(config.bin_um / config.image_um)
+
+        self.table = nn.Parameter(torch.randn(len(panel), genes))
+        self.tissue = ImageEncoder(features, factor=factor, widths=config.image_widths)
+        if config.cell_attention:
+            side = round(config.patch_lr * self.requirements.image_per_lr)
+            self.cells = PatchEncoder(config.attention_channels, side)
+            self.attention = CellAttention(features, config.attention_channels, config.attention_channels)
+        self.refine = nn.Sequential(nn.Conv2d(genes + 1, features, 1), ConvBlock(features, features))
+        self.refined = nn.Conv2d(features, genes, 1)
+        self.graph = GeneGraph(config.graph_weight)
+        self.spots = nn.Sequential(nn.Conv2d(genes + 1, features, 1), ConvBlock(features, features))
+        if config.modulation:
+            self.modulate_image, self.modulate_spots = Modulation(config.region), Modulation(config.region)
+        self.shared_image, self.unique_image = (
+            nn.Conv2d(features, features, 1),
+            nn.Conv2d(features, features, 1),
+        )
+        self.shared_spots, self.unique_spots = (
+            nn.Conv2d(features, features, 1),
+            nn.Conv2d(features, features, 1),
+        )
+        self.mix = nn.Conv2d(4 * features, channels, 1)
+
+        self.null_condition = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.level = ScalarEmbedding(config.embedding_channels)
+        self.enter = nn.Linear(genes, channels, bias=False)
+        self.unet = UNet(channels, genes, config.widths, embedding_channels=config.embedding_channels)
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def requirements(self) -> Requirements:
+        """Tiles as the config has them."""
+        c = self.config
+        return Requirements(self.panel, c.bin_um, c.image_um, c.tile_lr, c.overlap_lr)
+
+    @property
+    def knows_mean(self) -> bool:
+        """Whether training taught the denoiser what to make of nothing."""
+        return self.config.mean_share > 0
+
+    # -------------------------------------------------------------------------------------------- what conditions it
+
+    def condition(self, batch: Batch) -> Features:
+        """Features of tiles whose genes are the panel, and what is expected without sampling."""
+        features = self.features(batch, progress=1.0)
+        if not self.knows_mean:
+            return features
+        like = features.condition.new_zeros(len(batch), len(self.panel), *features.condition.shape[-2:])
+        expected = self.denoising.expected(self._conditional(features), like)
+        return Features(features.condition, features.shared, features.unique, expected)
+
+    def features(self, batch: Batch, progress: float) -> Features:
+        """What a tile is conditioned on; the progress of training decides which patches of cells are seen."""
+        image = self._see(batch, progress)  # A_h (b, f, H, W)
+        spots = self._read_spots(batch)  # A_y (b, f, h, w)
+        spots = F.interpolate(spots, size=image.shape[-2:], mode="bilinear")  # (b, f, H, W)
+        spots = spots.contiguous(memory_format=torch.channels_last)
+        if self.config.modulation:
+            spots, image = self.modulate_spots(spots, image), self.modulate_image(image, spots)
+        shared = self.shared_spots(spots), self.shared_image(image)
+        unique = self.unique_spots(spots), self.unique_image(image)
+        return Features(self.mix(torch.cat([*shared, *unique], dim=1)), shared, unique)
+
+    def kept_patches(self, batch: Batch, progress: float) -> torch.Tensor:
+        """(b, n) bool: the patches of cells that the tissue may attend to."""
+        cut = patches(batch.image, self._across(batch))
+        threshold = self.config.entropy_threshold if self.config.curriculum else 0.0
+        return curriculum(entropy(cut), threshold, progress)
+
+    def _across(self, batch: Batch) -> int:
+        """Patches along a side of the tile; a tile that they do not divide is cut more finely."""
+        side = batch.lr.shape[-1]
+        return side // self.config.patch_lr if side % self.config.patch_lr == 0 else side
+
+    def _see(self, batch: Batch, progress: float) -> torch.Tensor:
+        """A_h: the tissue, and the cells in it."""
+        picture = batch.image.to(self.table.dtype) / 127.5 - 1  # (b, 3, I, I)
+        tissue = self.tissue.maps(picture)  # (b, f, H, W)
+        if not self.config.cell_attention:
+            return tissue
+        cells = self.cells(patches(picture, self._across(batch)))  # (b, n, c)
+        return self.attention(tissue, cells, self.kept_patches(batch, progress))
+
+    def _read_spots(self, batch: Batch) -> torch.Tensor:
+        """A_y: the low-resolution maps of all genes, each refined by the genes that behave like it."""
+        measured = (batch.lr_mask > 0).to(batch.lr.dtype)
+        relative = (batch.lr / self.scale(batch)[..., None, None]).log1p() * measured  # (b, p, h, w)
+        relative = relative * self._informative(batch)
+        hidden = self.refine(torch.cat([self._of_genes(relative), batch.lr_mask], 1))  # (b, f, h, w)
+        nodes = relative + self._to_genes(self.refined(hidden))  # (b, p, h, w)
+        nodes = self.graph(nodes, intensity(relative.flatten(2)))
+        return self.spots(torch.cat([self._of_genes(nodes), batch.lr_mask], 1))
+
+    def _informative(self, batch: Batch) -> torch.Tensor:
+        """(b, p, 1, 1) weight of a gene's spots: at one count per spot, half of what varies is counting noise."""
+        scale = self.scale(batch)[..., None, None]
+        return scale / (scale + 1)
+
+    def _of_genes(self, maps: torch.Tensor) -> torch.Tensor:
+        """Maps of the panel (b, p, ...) as channels (b, k, ...): each gene adds its row of the table."""
+        return torch.einsum("bpyx,pk->bkyx", maps, self.table) / len(self.panel) ** 0.5
+
+    def _to_genes(self, maps: torch.Tensor) -> torch.Tensor:
+        """Channels (b, k, ...) as maps of the panel (b, p, ...)."""
+        return torch.einsum("bkyx,pk->bpyx", maps, self.table) / self.config.gene_channels**0.5
+
+    # --------------------------------------------------------------------------------------------------- diffusion
+
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """x0 (b, p, H, W) from ``x = x0 + sigma noise``; sigma () or (b,), condition (b, c, H, W) or (c, 1, 1)."""
+
+        def network(scaled: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+            entered = self.enter(self._of_genes(scaled).movedim(1, -1)).movedim(-1, 1)  # (b, c, H, W)
+            return self._to_genes(self.unet(entered + condition, self.level(level)))  # (b, p, H, W)
+
+        return self.denoising.preconditioning.denoised(network, x, sigma)
+
+    def _conditional(self, features: Features) -> Denoise:
+        return lambda x, sigma: self.denoise(x, sigma, features.condition)
+
+    def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """``denoise`` and ``disentangle``, unweighted, and their weighted sum ``loss``.
+
+        Spots and conditions are dropped only in training mode.
+        """
+        config = self.config
+        batch = batch.without_lr(self._chance(config.lr_dropout, len(batch), generator).to(batch.lr.device))
+        features = self.features(batch, progress)
+        dropped = self._chance(config.condition_dropout, len(batch), generator).to(batch.lr.device)
+        condition = torch.where(dropped[:, None, None, None], self.null_condition, features.condition)
+        terms = {
+            "denoise": self.denoising.error(
+                lambda x, sigma: self.denoise(x, sigma, condition),
+                self._residual(batch).encode(batch.hr),
+                generator,
+            ),
+            "disentangle": disentangling_loss(features.shared, features.unique, batch.has_lr),
+        }
+        terms["loss"] = terms["denoise"] + config.disentangling_weight * terms["disentangle"]
+        return terms
+
+    @torch.no_grad()
+    def draw(self, batch: Batch, features: Features, noise: TileNoise) -> torch.Tensor:
+        """x0 (b, p, H, W) of the panel, whose genes ``batch`` has: one sample of all genes together."""
+        height, width = features.condition.shape[-2:]
+        return self.sampling.walk(
+            self._conditional(features),
+            lambda x, sigma: self.denoise(x, sigma, self.null_condition),
+            noise.source(self.panel, height, width, features.condition.device),
+            self.denoising.sigmas,
+        )
+
+    @torch.no_grad()
+    def predict(
+        self,
+        batch: Batch,
+        noise: TileNoise,
+        features: Features | None = None,
+        drawn: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One sample of counts per bin (b, g, H, W).
+
+        Without ``features``, the genes of the batch must be the panel.
+        """
+        features = self.condition(batch) if features is None else features
+        drawn = self.draw(batch, features, noise) if drawn is None else drawn
+        return self._decode(batch, drawn)
+
+    @torch.no_grad()
+    def mean(self, batch: Batch, features: Features) -> torch.Tensor:
+        """Expected counts (b, g, H, W), in one step of the denoiser."""
+        return self._decode(batch, features.expected)
+
+    def vary(self, batch: Batch, mean: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """One sample; the mean has no part in it."""
+        return self._decode(batch, drawn)
+
+    def _decode(self, batch: Batch, x0: torch.Tensor) -> torch.Tensor:
+        """Counts of the batch's genes from x0 of the panel (b, p, H, W)."""
+        return self._residual(batch).decode(torch.einsum("gp,bpyx->bgyx", batch.genes, x0))
+
+    def _residual(self, batch: Batch) -> Residual:
+        return Residual.of(batch, self.scale(batch), self.requirements.per_lr, self.config.smooth_bins)
+
+    def _chance(self, probability: float, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Bool (count,), true with this probability in training mode and never otherwise."""
+        chance = torch.rand(count, generator=generator, device=generator.device)
+        return chance < (probability if self.training else 0.0)
