@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,11 +191,34 @@ def test_dry_run_writes_nothing(section, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("name", "own"), [("corrdiff", {"directions": 4}), ("c3diff", {})])
+@pytest.mark.parametrize(("name", "own"), [("corrdiff", {"directions": 4}), ("c3diff", {}), ("diffst", {})])
 def test_other_methods_train_too(section, tmp_path, name, own):
     tiny = {"train": {**SMALL["train"], "steps": 2}, "method": own}
     output = small(section, tmp_path / "m.safetensors", method=name, config=tiny)
     assert checkpoint.load(output).name == name
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("preset", ["c3diff", "c3diff_small", "diffst", "diffst_small"])
+def test_presets_train_at_a_smaller_size(section, tmp_path, preset):
+    method, training = resolve(
+        method_class(preset.split("_")[0]), read_config(EXAMPLES / f"{preset}.toml"), []
+    )
+    if not preset.endswith("small"):
+        assert training.train_tile_lr == method.tile_lr == 26 and method.image_um == 0.5
+        assert method.schedule == "ddpm" and method.beta_steps == 1000
+    smaller = ["train.steps=1", "train_tile_lr=2", "batch=2", "tile_lr=2", "overlap_lr=1", "genes=4"]
+    narrower = ["widths=8,8", "image_widths=8,8", "feature_channels=8", "gene_channels=4", "validate_every=1"]
+    output = small(
+        section,
+        tmp_path / "m.safetensors",
+        method=preset.split("_")[0],
+        config=EXAMPLES / f"{preset}.toml",
+        settings=smaller + narrower,
+    )
+    assert checkpoint.load(output).method.config.schedule == method.schedule
 
 
 def test_global_randomness_is_left_alone(section, tmp_path):
