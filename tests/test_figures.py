@@ -18,7 +18,7 @@ class _Map:
         return self._values[[self.genes.index(gene) for gene in genes]]
 
 
-class _Histology:
+class Histology:
     um_per_px = 2.0
 
     def read(self, grid):
@@ -40,7 +40,7 @@ class _Section:
 
     def __init__(self, values, spots=None, genes=("GATA3",)):
         grid = Grid(0, 0, 10, *values.shape[1:])
-        self.image, self.spots, self.hr = _Histology(), spots, None
+        self.image, self.spots, self.hr = Histology(), spots, None
         self._map = _Map(grid, list(genes), values)
 
     def map(self, element):

@@ -160,9 +160,9 @@ def _check_output(section: Section, output) -> None:
 
 
 def _measured(store: Path) -> dict:
-    """What tells a section: its elements that no superres made, with their provenance and attributes."""
+    """What tells a section: its elements that are no result, with their provenance and attributes."""
     made = names.provenance(store)
-    kept = [name for name in names.elements(store) if made.get(name, {}).get("command") != "superres"]
+    kept = [name for name in names.elements(store) if not names.is_result(made.get(name, {}))]
     return {name: (made.get(name), names.element_attributes(store, name)) for name in kept}
 
 

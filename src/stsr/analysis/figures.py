@@ -18,15 +18,15 @@ from stsr.errors import UsageError
 FORMATS = (".png", ".pdf", ".svg", ".tif", ".jpg")
 
 _UNIT_UM2 = 100.0  # densities are counts in this area: a bin of 10 um
-_UNIT = "counts per 100 µm²"
+UNIT = "counts per 100 µm²"
 _LEAST_DENSITY = 0.05  # top of a scale: at least 5 counts in a low-resolution pixel of 100 um ...
 _LEAST_SPOT_COUNTS = 4  # ... and this many in a spot
 _TOP_QUANTILE = 0.995
 _MAX_PX = 1200  # along a side of a panel; finer bins are added up before they are drawn
 _PANEL_INCHES = 2.7
-_COLOURS = "inferno"
-_OUTSIDE = "0.88"  # neither a colour of the scale nor the white of the page
-_DPI = 200
+COLOURS = "inferno"
+OUTSIDE = "0.88"  # neither a colour of the scale nor the white of the page
+DPI = 200
 
 
 def superres_figure(
@@ -73,7 +73,7 @@ def superres_figure(
     shown = section.map(element)
     with rc_context({"font.size": 8, "svg.fonttype": "none", "pdf.fonttype": 42}):
         panels = _panels(section, shown, element, truth)
-        figure, axes = _canvas(len(genes), panels, shown.grid)
+        figure, axes = canvas(len(genes), panels, shown.grid)
         for number, gene in enumerate(genes):
             _draw_row(axes[number], panels, gene, shown.grid)
             axes[number][0].set_ylabel(gene, fontstyle="italic", fontsize=11)
@@ -81,7 +81,7 @@ def superres_figure(
             axis.set_title(panel.title, fontsize=9)
         figure.suptitle(title or _title(section, element), fontsize=9, color="0.3")
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=_DPI, bbox_inches="tight", facecolor="white")
+        figure.savefig(path, dpi=DPI, bbox_inches="tight", facecolor="white")
     return path
 
 
@@ -111,7 +111,7 @@ def check_path(path: str | Path) -> Path:
 # --------------------------------------------------------------------------------------------------- panels
 
 
-class _Histology:
+class Histology:
     """The H&E; it has no colour scale."""
 
     title = "H&E"
@@ -122,13 +122,15 @@ class _Histology:
         step_um = max(section.image.um_per_px, max(grid.height, grid.width) * grid.bin_um / _MAX_PX)
         x0, y0, x1, y1 = grid.bounds_um
         fine = Grid(x0, y0, step_um, max(1, round((y1 - y0) / step_um)), max(1, round((x1 - x0) / step_um)))
-        self._rgb, self._extent = np.moveaxis(section.image.read(fine), 0, -1), _extent(fine)
+        self._rgb, self.extent = np.moveaxis(section.image.read(fine), 0, -1), extent(fine)
 
     def values(self, gene: str) -> np.ndarray:
+        """None: no gene enters."""
         return np.zeros(0)
 
-    def draw(self, axis, values, scale):
-        axis.imshow(self._rgb, extent=self._extent, interpolation="antialiased")
+    def draw(self, axis, values, scale) -> None:
+        """The picture."""
+        axis.imshow(self._rgb, extent=self.extent, interpolation="antialiased")
 
 
 class _SpotPanel:
@@ -151,7 +153,7 @@ class _SpotPanel:
         from matplotlib.collections import EllipseCollection, PolyCollection
 
         centres, size = self._spots.centres_um, self._spots.size_um
-        axis.set_facecolor(_OUTSIDE)
+        axis.set_facecolor(OUTSIDE)
         if self._spots.shape == "disc":
             wide = np.full(len(centres), size)
             drawn = EllipseCollection(
@@ -165,7 +167,7 @@ class _SpotPanel:
         else:
             corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * size / 2
             drawn = PolyCollection(centres[:, None] + corners)
-        drawn.set(array=values, cmap=_COLOURS, norm=scale, linewidth=0, antialiased=False)
+        drawn.set(array=values, cmap=COLOURS, norm=scale, linewidth=0, antialiased=False)
         axis.add_collection(drawn, autolim=False)
         return drawn
 
@@ -190,7 +192,7 @@ class _MapPanel:
         )  # (y, x)
 
     def draw(self, axis, values, scale):
-        axis.set_facecolor(_OUTSIDE)
+        axis.set_facecolor(OUTSIDE)
         if not values.size:
             axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.4")
             return None
@@ -198,14 +200,14 @@ class _MapPanel:
         step_um = grid.bin_um * self._factor
         drawn = Grid(grid.x0_um, grid.y0_um, step_um, *values.shape)
         return axis.imshow(
-            values, extent=_extent(drawn), cmap=_COLOURS, norm=scale, interpolation="nearest", rasterized=True
+            values, extent=extent(drawn), cmap=COLOURS, norm=scale, interpolation="nearest", rasterized=True
         )
 
 
 def _panels(section, shown, element: str, truth: bool) -> list:
     panels: list = []
     if section.image is not None:
-        panels.append(_Histology(section, shown.grid))
+        panels.append(Histology(section, shown.grid))
     if section.spots is not None:
         panels.append(_SpotPanel(section, shown.grid))
     inferred = "super-resolved" if element.startswith("superres") else element
@@ -219,7 +221,8 @@ def _panels(section, shown, element: str, truth: bool) -> list:
 # -------------------------------------------------------------------------------------------------- drawing
 
 
-def _canvas(rows: int, panels: list, grid: Grid):
+def canvas(rows: int, panels: list, grid: Grid):
+    """A figure and its axes (rows, panels), panels as tall as the grid asks for."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -241,10 +244,10 @@ def _draw_row(axes, panels: list, gene: str, grid: Grid) -> None:
         axis.set(xlim=(x0, x1), ylim=(y1, y0), xticks=[], yticks=[], aspect="equal")
         for side in axis.spines.values():
             side.set_visible(False)
-    _scale_bar(axes[0], grid)
+    scale_bar(axes[0], grid)
     coloured = next(item for item in reversed(drawn) if item is not None)
     bar = axes[0].figure.colorbar(coloured, ax=axes[-1], shrink=0.85, pad=0.03, extend="max")
-    bar.set_label(_UNIT)
+    bar.set_label(UNIT)
     bar.outline.set_visible(False)
 
 
@@ -254,7 +257,7 @@ def scale_top(values: Sequence[np.ndarray], least: float) -> float:
     return float(max([least, *tops]))
 
 
-def _scale_bar(axis, grid: Grid) -> None:
+def scale_bar(axis, grid: Grid) -> None:
     """A bar of a round length, about a quarter of the width, with its length in um."""
     from matplotlib.patheffects import withStroke
 
@@ -289,7 +292,7 @@ def round_length(about: float) -> float:
     return float(max(step * power for step in (1, 2, 5) if step * power <= about * (1 + 1e-9)))
 
 
-def _extent(grid: Grid) -> tuple[float, float, float, float]:
+def extent(grid: Grid) -> tuple[float, float, float, float]:
     """(left, right, bottom, top) for imshow; y points down as in the image."""
     x0, y0, x1, y1 = grid.bounds_um
     return x0, x1, y1, y0

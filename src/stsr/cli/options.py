@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -87,8 +88,8 @@ def _split(text: str) -> list[str]:
     return [name for name in re.split(r"[,;\s]+", text.strip()) if name]
 
 
-def region_um(text: str | None) -> tuple[float, float, float, float] | None:
-    """``x0,y0,x1,y1`` in um.
+def region_um(text: str | None, option: str = "--region") -> tuple[float, float, float, float] | None:
+    """``x0,y0,x1,y1`` in um, as ``option`` has it.
 
     Raises
     ------
@@ -100,7 +101,36 @@ def region_um(text: str | None) -> tuple[float, float, float, float] | None:
     try:
         x0, y0, x1, y1 = (float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--region is x0,y0,x1,y1 in um, not {text!r}") from None
+        raise UsageError(f"{option} is x0,y0,x1,y1 in um, not {text!r}") from None
     if not (x0 < x1 and y0 < y1):
-        raise UsageError(f"--region {text} has no area; give x0,y0,x1,y1 in um with x0 < x1 and y0 < y1")
+        raise UsageError(f"{option} {text} has no area; give x0,y0,x1,y1 in um with x0 < x1 and y0 < y1")
     return x0, y0, x1, y1
+
+
+def check_figure(path: Path | None) -> None:
+    """Refuse a figure that cannot be drawn, before hours of work; None is fine.
+
+    Raises
+    ------
+    UsageError
+        If its suffix is no format, or as `check_place`.
+    """
+    if path is not None:
+        from stsr.analysis.figures import check_path
+
+        check_place(check_path(path), "--figure")
+
+
+def check_place(path: Path, option: str) -> None:
+    """Refuse a file that cannot be written.
+
+    Raises
+    ------
+    UsageError
+        If it is a folder, or nothing can be written where it is to lie.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give {option} the name of a file")
+    place = next(folder for folder in path.resolve().parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UsageError(f"nothing can be written in {place}; give {option} another place")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -87,10 +86,7 @@ def superres(
         drawn = options.gene_names(figure_genes)
         if drawn and figure is None:
             raise UsageError("--figure-genes says what to draw but not where; add --figure FILE.png")
-        if figure is not None:
-            from stsr.analysis.figures import check_path
-
-            _check_place(check_path(figure))
+        options.check_figure(figure)
         import stsr
 
         result = stsr.superres(
@@ -123,15 +119,6 @@ def superres(
             console.emit({**asdict(result), "store": str(result.store), "figure": figure and str(figure)})
         else:
             console.emit(result.element)
-
-
-def _check_place(figure: Path) -> None:
-    """Refuse a figure that cannot be written, before hours of work."""
-    if figure.is_dir():
-        raise UsageError(f"{figure} is a folder; give --figure the name of a file")
-    place = next(folder for folder in figure.resolve().parents if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UsageError(f"no figure can be written in {place}; give --figure another place")
 
 
 def _summary(result) -> str:

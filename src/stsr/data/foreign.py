@@ -312,7 +312,10 @@ def lattice_um(centres: np.ndarray, array_row: np.ndarray, array_col: np.ndarray
 def _annotations(sdata) -> list[tuple[str, str]]:
     """(element, table) for every table that annotates something; the verbs' own results are left out."""
     pairs = []
+    made = sdata.attrs.get(names.ATTRS_KEY, {})
     for name, table in sdata.tables.items():
+        if names.is_result(made.get(name, {})):
+            continue  # it annotates what was measured, and is no measurement itself
         regions = table.uns.get("spatialdata_attrs", {}).get("region") or []
         regions = [regions] if isinstance(regions, str) else list(regions)
         pairs += [(str(region), name) for region in regions]

@@ -30,6 +30,8 @@ FRAME_KEY = "stsr_frame"
 """Root attribute of stores that stsr created: {"coordinate_system": name, "um_per_unit": value}."""
 MEASURED = "measured"
 """``origin`` in the provenance of an element that came from an instrument; such elements are never replaced."""
+RESULTS = ("predicted", "derived")
+"""``origin`` of what a method said of a section, and of what was computed from its elements."""
 
 _HR = re.compile(r"^hr_(\d+(?:\.\d+)?)um$")
 _SUPERRES = re.compile(r"^superres_x(\d+(?:\.\d+)?)$")
@@ -207,6 +209,11 @@ def provenance(path) -> dict[str, dict]:
     """How each element that stsr wrote was made: {element: {"command": ..., "seed": ..., ...}}."""
     found = root_attributes(path).get(ATTRS_KEY)
     return found if isinstance(found, dict) else {}
+
+
+def is_result(entry: dict) -> bool:
+    """Whether an element's provenance says that it is a result: neither measured nor simulated input."""
+    return entry.get("origin", MEASURED) in RESULTS
 
 
 def superres_elements(path) -> list[str]:
