@@ -1,7 +1,8 @@
 """Super-resolution of spatial transcriptomics by conditional diffusion, guided by H&E.
 
-The verbs of the command line are functions here: `prepare`, `train`, `superres`, `info`, `demo`, and `open_section`
-to read what they wrote. They are found when first used, so that ``import stsr`` needs neither torch nor spatialdata.
+The verbs of the command line are functions here: `prepare`, `train`, `superres`, `singlecell`, `celltype`, `gec`,
+`info`, `demo`, and `open_section` to read what they wrote. They are found when first used, so that ``import stsr``
+needs neither torch nor spatialdata.
 """
 
 from __future__ import annotations
@@ -12,17 +13,34 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _VERBS = {
+    "celltype": "stsr.celltyping",
     "demo": "stsr.demonstration",
+    "gec": "stsr.coexpression",
     "info": "stsr.description",
     "open_section": "stsr.data.section",
     "prepare": "stsr.preparation",
+    "singlecell": "stsr.cellcounting",
     "superres": "stsr.superresolution",
     "train": "stsr.training",
 }
 
-__all__ = ["__version__", "demo", "info", "open_section", "prepare", "superres", "train"]
+__all__ = [
+    "__version__",
+    "celltype",
+    "demo",
+    "gec",
+    "info",
+    "open_section",
+    "prepare",
+    "singlecell",
+    "superres",
+    "train",
+]
 
 if TYPE_CHECKING:
+    from stsr.cellcounting import singlecell
+    from stsr.celltyping import celltype
+    from stsr.coexpression import gec
     from stsr.data.section import open_section
     from stsr.demonstration import demo
     from stsr.description import info

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from stsr import __version__
-from stsr.cli import demo, info, prepare, superres, train
+from stsr.cli import celltype, demo, gec, info, prepare, singlecell, superres, train
 from stsr.cli.usage import Commands
 
 app = typer.Typer(
@@ -36,7 +36,16 @@ def _root(
     pass
 
 
-for _command in (prepare.prepare, train.train, superres.superres, info.info, demo.demo):
+for _command in (
+    prepare.prepare,
+    train.train,
+    superres.superres,
+    singlecell.singlecell,
+    celltype.celltype,
+    gec.gec,
+    info.info,
+    demo.demo,
+):
     app.command()(_command)
 
 
