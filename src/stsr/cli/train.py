@@ -17,7 +17,9 @@ def train(
         typer.Argument(metavar="SECTION...", help="Sections by 'stsr prepare' with measured bins."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Model to write (.safetensors).")],
-    method: Annotated[str | None, typer.Option(help="What to train: corrdiff, c3diff, diffst or unet.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="What to train: corrdiff, c3diff, diffst or unet.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be repeated.")
