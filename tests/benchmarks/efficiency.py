@@ -46,7 +46,7 @@ REFERENCE_ROWS = (
     "| C3-Diff's released code | 443 | - | - | - | 11,800 | about 300 | - |",
     "| Diff-ST's released code | 13.4 | - | - | - | - | - | - |",
 )
-"""What is reported of them (DESIGN 7 and issue 3); of what number of steps, is not."""
+"""What is reported of them; of how many steps, is not."""
 
 
 def main() -> None:
