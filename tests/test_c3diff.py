@@ -119,7 +119,7 @@ def test_lr_features_condition_the_denoiser_beside_the_base():
     method, batch = model(), tiles()
     features, steering = method.condition(batch), method.genes(batch.genes, method.scale(batch))
     lr = method._encode_lr(batch, steering)
-    base = method._residual(batch).base
+    base = method.residual(batch).base
     with_maps = method._condition_genes(batch, features, lr, base, 1.0)
     for name in ("modality_maps", "content_maps"):
         without = replace(lr, **{name: torch.zeros_like(lr.modality_maps)})
@@ -153,7 +153,7 @@ def test_imputation_fills_missing_features_while_training_and_fades():
     method = model()
     batch = tiles(3).without_lr(torch.tensor([False, True, False]))
     features, steering = method.condition(batch), method.genes(batch.genes, method.scale(batch))
-    lr, base = method._encode_lr(batch, steering), method._residual(batch).base
+    lr, base = method._encode_lr(batch, steering), method.residual(batch).base
     start, half, end = (method._condition_genes(batch, features, lr, base, p) for p in (0.0, 0.5, 1.0))
     assert torch.equal(start[[0, 2]], end[[0, 2]])
     effect = (start - end)[1].abs().mean()
@@ -171,7 +171,7 @@ def test_guidance_weighs_condition_against_none():
     for weight in (0.0, 1.0, 3.0):
         method.sampling = Sampling("ddim", 1, weight)  # a single step is linear in the two denoisers
         counts[weight] = method.predict(batch, at(batch))
-    residual = method._residual(batch)
+    residual = method.residual(batch)
     x0 = {weight: (value - residual.base) / residual.spread for weight, value in counts.items()}
     inside = torch.stack(list(counts.values())).amin(0) > 0  # where nothing was cut off at zero
     assert inside.any()
@@ -283,7 +283,7 @@ def test_overfits_one_tile():
     assert mean_loss(method, batch) < 0.6 * before
     counts = torch.stack([method.predict(batch, at(batch, sample=n)) for n in range(3)]).mean(0)
     truth = smoothed(batch.hr, method.config.smooth_bins)
-    base = method._residual(batch).base
+    base = method.residual(batch).base
     assert (counts - truth).square().mean() < 0.9 * (base - truth).square().mean()
 
 
@@ -323,7 +323,7 @@ def test_without_spots_the_base_is_the_reference():
     torch.manual_seed(0)
     method = C3Diff(SMALL, PANEL, reference.numpy())
     batch = collate([tiles(1), tiles(1).without_lr(torch.tensor([True]))])
-    base = method._residual(batch).base
+    base = method.residual(batch).base
     assert torch.allclose(base[1], (reference / 100)[:, None, None].expand(5, 30, 30))
     assert not torch.allclose(base[0], base[1])
 

@@ -91,7 +91,7 @@ def test_the_mean_needs_no_noise_and_is_what_nothing_gives():
     mean = method.mean(batch, features)
     start = torch.zeros_like(batch.hr)
     x0 = method.denoise(start, torch.tensor(method.denoising.sigma_max), features.condition)
-    assert torch.equal(mean, method._residual(batch).decode(x0))
+    assert torch.equal(mean, method.residual(batch).decode(x0))
     assert not model(mean_share=0.0).knows_mean
 
 
@@ -110,7 +110,7 @@ def test_a_gene_outside_the_panel_is_a_mixture():
     method, batch = model(), tiles()
     features = method.condition(batch)
     asked = replace(other_genes(batch, [0]), genes=torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0]]))
-    residual = method._residual(asked)
+    residual = method.residual(asked)
     expected = residual.base + residual.spread * features.expected[:, :2].mean(1, keepdim=True)
     assert torch.allclose(method.mean(asked, features), expected.clamp_min(0), atol=1e-6)
 
@@ -293,7 +293,7 @@ def test_overfits_one_tile_and_disentangles():
     method, batch, kept = trained()
     features = method.condition(batch)
     truth = smoothed(batch.hr, method.config.smooth_bins)
-    base = method._residual(batch).base
+    base = method.residual(batch).base
     before = (base - truth).square().mean()
     assert (method.mean(batch, features) - truth).square().mean() < 0.75 * before
     samples = torch.stack([method.predict(batch, at(batch, sample=n), features) for n in range(3)]).mean(0)

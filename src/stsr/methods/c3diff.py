@@ -14,12 +14,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stsr.data.batch import Batch, Requirements
+from stsr.data.batch import Batch
 from stsr.diffusion.noise import TileNoise
 from stsr.diffusion.precond import Denoise
 from stsr.methods.contrastive import (
@@ -31,9 +30,7 @@ from stsr.methods.contrastive import (
     inter_loss,
     modal_loss,
 )
-from stsr.methods.denoising import Denoising, DenoisingConfig
-from stsr.methods.method import Method
-from stsr.methods.sampling import Sampling
+from stsr.methods.diffusion import DiffusionConfig, DiffusionMethod
 from stsr.methods.target import Residual
 from stsr.nn.blocks import ScalarEmbedding
 from stsr.nn.encoders import GeneEmbedding, ImageEncoder, RasterEncoder
@@ -47,8 +44,8 @@ LEAST_TEMPERATURE = (
 
 
 @dataclass(frozen=True)
-class C3DiffConfig(DenoisingConfig):
-    """Settings of `C3Diff`, beside those of `DenoisingConfig`.
+class C3DiffConfig(DiffusionConfig):
+    """Settings of `C3Diff`, beside those of `DiffusionConfig`.
 
     The paper's ablations (Table 3) are values here: no augmentation is ``hypersphere_noise = 0``, no term is a weight
     of 0; for tiles without spots ``imputation`` is ``none`` (dropout alone), ``zero`` (zero padding), ``mean``
@@ -56,10 +53,6 @@ class C3DiffConfig(DenoisingConfig):
 
     Parameters
     ----------
-    bin_um, image_um
-        Size of bins and of the image pixels that are read, um; bins must be whole numbers of image pixels.
-    tile_lr, overlap_lr
-        Prediction tiles and their least overlap, low-resolution pixels.
     widths, image_widths
         Channels of the levels of the denoiser's U-Net, and of the image encoders'.
     feature_channels, vector_channels
@@ -68,8 +61,6 @@ class C3DiffConfig(DenoisingConfig):
         Length of a gene's code, and of the embedding that steers the U-Net.
     genes_per_tile
         Genes drawn per training step; they share the image's features.
-    lr_dropout
-        Probability, in training, that a tile loses its spots.
     modal_weight, content_weight, inter_weight
         Weights of the contrastive terms. (Content and inter are the released code's, which never used modal.)
     temperature
@@ -88,10 +79,6 @@ class C3DiffConfig(DenoisingConfig):
         If a value is out of range.
     """
 
-    bin_um: float = 10.0
-    image_um: float = 10.0
-    tile_lr: int = 8
-    overlap_lr: int = 3
     widths: tuple[int, ...] = (24, 36, 48)
     image_widths: tuple[int, ...] = (24, 32, 48)
     feature_channels: int = 32
@@ -99,7 +86,6 @@ class C3DiffConfig(DenoisingConfig):
     gene_channels: int = 32
     embedding_channels: int = 128
     genes_per_tile: int = 4
-    lr_dropout: float = 0.15
     modal_weight: float = 0.05
     content_weight: float = 0.05
     inter_weight: float = 0.03
@@ -112,20 +98,11 @@ class C3DiffConfig(DenoisingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        ratio = self.bin_um / self.image_um if self.image_um > 0 else 0
-        if ratio < 1 or abs(ratio - round(ratio)) > 1e-6:
-            raise ValueError(f"bin_um ({self.bin_um}) must be a whole number of image_um ({self.image_um})")
-        if not 0 <= self.overlap_lr < self.tile_lr:
-            raise ValueError(
-                f"tiles of {self.tile_lr} low-resolution pixels cannot overlap by {self.overlap_lr}"
-            )
         if self.imputation not in IMPUTATIONS:
             raise ValueError(f"imputation is one of {', '.join(IMPUTATIONS)}, not {self.imputation!r}")
         for name in ("temperature", "imputation_temperature", "genes_per_tile"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if not 0 <= self.lr_dropout < 1:
-            raise ValueError(f"lr_dropout is a probability below 1, not {self.lr_dropout}")
         weights = ("modal_weight", "content_weight", "inter_weight", "imputation_alpha", "imputation_beta")
         for name in ("hypersphere_noise", *weights):
             if not getattr(self, name) >= 0:
@@ -151,44 +128,17 @@ class LrFeatures:
     content: torch.Tensor
 
 
-class C3Diff(Method):
+class C3Diff(DiffusionMethod):
     """Diffusion of one gene's map at a time, conditioned on image, spots and the gene's code.
 
-    Parameters
-    ----------
-    config
-        Settings; the defaults by default.
-    panel
-        Ordered gene names; at least one.
-    reference
-        As `Method`.
-
-    Attributes
-    ----------
-    sampling
-        How to walk from noise to a map when predicting; from the config, and free to be replaced.
-
-    Raises
-    ------
-    ValueError
-        If the panel is empty.
+    Parameters as `DiffusionMethod`.
     """
 
     Config = C3DiffConfig
-    samples = True
 
-    def __init__(
-        self,
-        config: C3DiffConfig | None = None,
-        panel: tuple[str, ...] = (),
-        reference: np.ndarray | None = None,
-    ):
-        config = config or C3DiffConfig()
+    def __init__(self, config: C3DiffConfig | None = None, panel: tuple[str, ...] = (), reference=None):
         super().__init__(config, panel, reference)
-        if not panel:
-            raise ValueError("C3-Diff learns genes by their names, and the panel is empty")
-        self.sampling = Sampling(config.sampler, config.steps, config.guidance)
-        self.denoising = Denoising(config)
+        config = self.config
         channels, features, embedding = config.widths[0], config.feature_channels, config.embedding_channels
         factor = round(config.bin_um / config.image_um)
 
@@ -216,12 +166,6 @@ class C3Diff(Method):
         self.to(memory_format=torch.channels_last)  # a little quicker on a CPU, more so on a GPU
 
     @property
-    def requirements(self) -> Requirements:
-        """Tiles as the config has them."""
-        c = self.config
-        return Requirements(self.panel, c.bin_um, c.image_um, c.tile_lr, c.overlap_lr)
-
-    @property
     def temperature(self) -> torch.Tensor:
         """Tau (), learned."""
         return self.log_temperature.exp().clamp_min(LEAST_TEMPERATURE)
@@ -233,11 +177,6 @@ class C3Diff(Method):
         content_maps, content = self.image_content(picture)
         maps = self.mix_image(torch.cat([modality_maps, content_maps], dim=1))  # (b, c, H, W)
         return ImageFeatures(maps, modality, content)
-
-    @property
-    def knows_mean(self) -> bool:
-        """Whether training taught the denoiser what to make of nothing."""
-        return self.config.mean_share > 0
 
     def draw(
         self, batch: Batch, features: ImageFeatures, noise: TileNoise
@@ -288,12 +227,12 @@ class C3Diff(Method):
         count = min(config.genes_per_tile, len(batch.names))
         order = torch.randperm(len(batch.names), generator=generator, device=generator.device)
         batch = batch.of_genes(order[:count].to(batch.lr.device))
-        unmeasured = self._chance(config.lr_dropout, len(batch), generator)
+        unmeasured = self.chance(config.lr_dropout, len(batch), generator)
         batch = batch.without_lr(unmeasured.to(batch.lr.device))
         features = self.condition(batch)
         steering = self.genes(batch.genes, self.scale(batch))  # (b, g, e)
         lr = self._encode_lr(batch, steering)
-        residual = self._residual(batch)
+        residual = self.residual(batch)
         condition = self._condition_genes(batch, features, lr, residual.base, progress)  # (b, g, c, H, W)
         x0 = residual.encode(batch.hr)  # (b, g, H, W)
         drawn = torch.randint(count, (len(batch),), generator=generator, device=generator.device)
@@ -343,17 +282,13 @@ class C3Diff(Method):
 
     def _conditioned(self, batch: Batch, features: ImageFeatures) -> tuple[Residual, Denoise]:
         """The denoiser of these tiles' genes, folded into the batch, and what its x0 means."""
-        residual = self._residual(batch)
+        residual = self.residual(batch)
         steering = self.genes(batch.genes, self.scale(batch))  # (b, g, e)
         lr = self._encode_lr(batch, steering)
         condition = self._condition_genes(batch, features, lr, residual.base, progress=1.0)
         condition = condition.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (b g, c, H, W)
         steering = steering.flatten(0, 1)  # (b g, e)
         return residual, lambda x, sigma: self.denoise(x, sigma, condition, steering)
-
-    def _residual(self, batch: Batch) -> Residual:
-        """What the denoiser works on, of this batch."""
-        return Residual.of(batch, self.scale(batch), self.requirements.per_lr, self.config.smooth_bins)
 
     def _encode_lr(self, batch: Batch, steering: torch.Tensor) -> LrFeatures:
         """M_y and C_y of each gene's own low-resolution map."""
@@ -390,14 +325,9 @@ class C3Diff(Method):
     ) -> torch.Tensor:
         """Weighted squared error of x0 (b, g, H, W) at random sigmas: ()."""
         x0, condition, steering = x0.flatten(0, 1)[:, None], condition.flatten(0, 1), steering.flatten(0, 1)
-        dropped = self._chance(self.config.condition_dropout, len(x0), generator).to(x0.device)  # (b g,)
+        dropped = self.chance(self.config.condition_dropout, len(x0), generator).to(x0.device)  # (b g,)
         condition = torch.where(dropped[:, None, None, None], self.null_condition, condition)
         steering = torch.where(dropped[:, None], self.null_steering, steering)  # (b g, e)
         return self.denoising.error(
             lambda x, sigma: self.denoise(x, sigma, condition, steering), x0, generator
         )
-
-    def _chance(self, probability: float, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Bool (count,), true with this probability in training mode and never otherwise."""
-        chance = torch.rand(count, generator=generator, device=generator.device)
-        return chance < (probability if self.training else 0.0)

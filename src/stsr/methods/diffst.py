@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stsr.data.batch import Batch, Requirements
+from stsr.data.batch import Batch
 from stsr.diffusion.noise import TileNoise
 from stsr.diffusion.precond import Denoise
 from stsr.methods.crossmodal import (
@@ -30,18 +30,15 @@ from stsr.methods.crossmodal import (
     intensity,
     patches,
 )
-from stsr.methods.denoising import Denoising, DenoisingConfig
-from stsr.methods.method import Method
-from stsr.methods.sampling import Sampling
-from stsr.methods.target import Residual
+from stsr.methods.diffusion import DiffusionConfig, DiffusionMethod
 from stsr.nn.blocks import ConvBlock, ScalarEmbedding
 from stsr.nn.encoders import ImageEncoder
 from stsr.nn.unet import UNet
 
 
 @dataclass(frozen=True)
-class DiffSTConfig(DenoisingConfig):
-    """Settings of `DiffST`, beside those of `DenoisingConfig`.
+class DiffSTConfig(DiffusionConfig):
+    """Settings of `DiffST`, beside those of `DiffusionConfig`.
 
     The paper's ablations (Table 2) are values here: no cell-to-tissue attention is ``cell_attention = false``, no
     curriculum ``curriculum = false``, no modulation ``modulation = false``, no disentangling
@@ -49,10 +46,6 @@ class DiffSTConfig(DenoisingConfig):
 
     Parameters
     ----------
-    bin_um, image_um
-        Size of bins and of the image pixels that are read, um; bins must be whole numbers of image pixels.
-    tile_lr, overlap_lr
-        Prediction tiles and their least overlap, low-resolution pixels.
     patch_lr
         Side of a patch of cells, low-resolution pixels. (The paper's: 160 um.)
     widths, image_widths
@@ -76,8 +69,6 @@ class DiffSTConfig(DenoisingConfig):
         Weight of the disentangling loss.
     graph_weight
         a of equation 4.
-    lr_dropout
-        Probability, in training, that a tile loses its spots.
 
     Raises
     ------
@@ -85,10 +76,6 @@ class DiffSTConfig(DenoisingConfig):
         If a value is out of range.
     """
 
-    bin_um: float = 10.0
-    image_um: float = 10.0
-    tile_lr: int = 8
-    overlap_lr: int = 3
     patch_lr: int = 1
     widths: tuple[int, ...] = (32, 48, 64)
     image_widths: tuple[int, ...] = (24, 32, 48)
@@ -103,17 +90,9 @@ class DiffSTConfig(DenoisingConfig):
     region: int = 3
     disentangling_weight: float = 0.05
     graph_weight: float = 0.2
-    lr_dropout: float = 0.15
 
     def __post_init__(self):
         super().__post_init__()
-        ratio = self.bin_um / self.image_um if self.image_um > 0 else 0
-        if ratio < 1 or abs(ratio - round(ratio)) > 1e-6:
-            raise ValueError(f"bin_um ({self.bin_um}) must be a whole number of image_um ({self.image_um})")
-        if not 0 <= self.overlap_lr < self.tile_lr:
-            raise ValueError(
-                f"tiles of {self.tile_lr} low-resolution pixels cannot overlap by {self.overlap_lr}"
-            )
         if self.patch_lr < 1 or self.tile_lr % self.patch_lr:
             raise ValueError(f"tile_lr ({self.tile_lr}) must be a whole number of patch_lr ({self.patch_lr})")
         if self.region < 1 or self.region % 2 == 0:
@@ -121,8 +100,6 @@ class DiffSTConfig(DenoisingConfig):
         for name in ("entropy_threshold", "graph_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} lies between 0 and 1, not at {getattr(self, name)}")
-        if not 0 <= self.lr_dropout < 1:
-            raise ValueError(f"lr_dropout is a probability below 1, not {self.lr_dropout}")
         if not self.disentangling_weight >= 0:
             raise ValueError(f"disentangling_weight cannot be negative, as {self.disentangling_weight} is")
         for name in ("gene_channels", "feature_channels", "attention_channels"):
@@ -150,39 +127,17 @@ class Features:
     expected: torch.Tensor | None = None
 
 
-class DiffST(Method):
+class DiffST(DiffusionMethod):
     """Diffusion of all genes of the panel as channels of one map, conditioned on image and spots.
 
-    Parameters
-    ----------
-    config
-        Settings; the defaults by default.
-    panel
-        Ordered gene names; all of them are denoised jointly.
-    reference
-        As `Method`.
-
-    Attributes
-    ----------
-    sampling
-        How to walk from noise to a map when predicting; from the config, and free to be replaced.
-
-    Raises
-    ------
-    ValueError
-        If the panel is empty.
+    Parameters as `DiffusionMethod`.
     """
 
     Config = DiffSTConfig
-    samples = True
 
     def __init__(self, config: DiffSTConfig | None = None, panel: tuple[str, ...] = (), reference=None):
-        config = config or DiffSTConfig()
         super().__init__(config, panel, reference)
-        if not panel:
-            raise ValueError("Diff-ST learns genes by their names, and the panel is empty")
-        self.sampling = Sampling(config.sampler, config.steps, config.guidance)
-        self.denoising = Denoising(config)
+        config = self.config
         features, genes, channels = config.feature_channels, config.gene_channels, config.widths[0]
         factor = round(config.bin_um / config.image_um)
 
@@ -213,17 +168,6 @@ class DiffST(Method):
         self.enter = nn.Linear(genes, channels, bias=False)
         self.unet = UNet(channels, genes, config.widths, embedding_channels=config.embedding_channels)
         self.to(memory_format=torch.channels_last)
-
-    @property
-    def requirements(self) -> Requirements:
-        """Tiles as the config has them."""
-        c = self.config
-        return Requirements(self.panel, c.bin_um, c.image_um, c.tile_lr, c.overlap_lr)
-
-    @property
-    def knows_mean(self) -> bool:
-        """Whether training taught the denoiser what to make of nothing."""
-        return self.config.mean_share > 0
 
     # -------------------------------------------------------------------------------------------- what conditions it
 
@@ -311,14 +255,14 @@ class DiffST(Method):
         Spots and conditions are dropped only in training mode.
         """
         config = self.config
-        batch = batch.without_lr(self._chance(config.lr_dropout, len(batch), generator).to(batch.lr.device))
+        batch = batch.without_lr(self.chance(config.lr_dropout, len(batch), generator).to(batch.lr.device))
         features = self.features(batch, progress)
-        dropped = self._chance(config.condition_dropout, len(batch), generator).to(batch.lr.device)
+        dropped = self.chance(config.condition_dropout, len(batch), generator).to(batch.lr.device)
         condition = torch.where(dropped[:, None, None, None], self.null_condition, features.condition)
         terms = {
             "denoise": self.denoising.error(
                 lambda x, sigma: self.denoise(x, sigma, condition),
-                self._residual(batch).encode(batch.hr),
+                self.residual(batch).encode(batch.hr),
                 generator,
             ),
             "disentangle": disentangling_loss(features.shared, features.unique, batch.has_lr),
@@ -364,12 +308,4 @@ class DiffST(Method):
 
     def _decode(self, batch: Batch, x0: torch.Tensor) -> torch.Tensor:
         """Counts of the batch's genes from x0 of the panel (b, p, H, W)."""
-        return self._residual(batch).decode(torch.einsum("gp,bpyx->bgyx", batch.genes, x0))
-
-    def _residual(self, batch: Batch) -> Residual:
-        return Residual.of(batch, self.scale(batch), self.requirements.per_lr, self.config.smooth_bins)
-
-    def _chance(self, probability: float, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Bool (count,), true with this probability in training mode and never otherwise."""
-        chance = torch.rand(count, generator=generator, device=generator.device)
-        return chance < (probability if self.training else 0.0)
+        return self.residual(batch).decode(torch.einsum("gp,bpyx->bgyx", batch.genes, x0))

@@ -1,4 +1,4 @@
-"""What every diffusion method shares: which noise levels it learns, how they are weighted, how it samples.
+"""What every diffusion method shares: its tiles, which noise levels it learns, how they are weighted, how it samples.
 
 Two schedules: ``edm`` (Karras et al. 2022: log-normal sigmas, few steps) and ``ddpm`` (Ho et al. 2020: T steps, t
 uniform, the error of the noise), both of them in the engine's sigma space.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stsr.data.batch import Batch, Requirements
 from stsr.diffusion import (
     Preconditioning,
     beta_sigmas,
@@ -20,18 +21,25 @@ from stsr.diffusion import (
     lognormal_sigmas,
     uniform_sigmas,
 )
-from stsr.methods.method import random_normal
+from stsr.methods.method import Method, random_normal
 from stsr.methods.sampling import Sampling
+from stsr.methods.target import Residual
 
 SCHEDULES = ("edm", "ddpm")
 
 
 @dataclass(frozen=True)
-class DenoisingConfig:
+class DiffusionConfig:
     """Settings of diffusion, the same for each paper.
 
     Parameters
     ----------
+    bin_um, image_um
+        Size of bins and of the image pixels that are read, um; bins must be whole numbers of image pixels.
+    tile_lr, overlap_lr
+        Prediction tiles and their least overlap, low-resolution pixels.
+    lr_dropout
+        Probability, in training, that a tile loses its spots.
     smooth_bins
         Standard deviation of the Gaussian that smooths the target, bins; 0 for none.
     sigma_data
@@ -59,6 +67,11 @@ class DenoisingConfig:
         If a value is out of range.
     """
 
+    bin_um: float = 10.0
+    image_um: float = 10.0
+    tile_lr: int = 8
+    overlap_lr: int = 3
+    lr_dropout: float = 0.15
     smooth_bins: float = 1.0
     sigma_data: float = 0.9
     schedule: str = "edm"
@@ -77,6 +90,13 @@ class DenoisingConfig:
     guidance: float = 1.0
 
     def __post_init__(self):
+        ratio = self.bin_um / self.image_um if self.image_um > 0 else 0
+        if ratio < 1 or abs(ratio - round(ratio)) > 1e-6:
+            raise ValueError(f"bin_um ({self.bin_um}) must be a whole number of image_um ({self.image_um})")
+        if not 0 <= self.overlap_lr < self.tile_lr:
+            raise ValueError(
+                f"tiles of {self.tile_lr} low-resolution pixels cannot overlap by {self.overlap_lr}"
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule is one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
         if not 0 < self.sigma_min < self.sigma_max:
@@ -88,7 +108,7 @@ class DenoisingConfig:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if not self.smooth_bins >= 0:
             raise ValueError(f"smooth_bins cannot be negative, as {self.smooth_bins} is")
-        for name in ("mean_share", "condition_dropout"):
+        for name in ("lr_dropout", "mean_share", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a probability below 1, not {getattr(self, name)}")
         linear_betas(
@@ -106,7 +126,7 @@ class Denoising:
         Its settings.
     """
 
-    def __init__(self, config: DenoisingConfig):
+    def __init__(self, config: DiffusionConfig):
         self.config = config
         self.preconditioning = Preconditioning(config.sigma_data)
         betas = linear_betas(config.beta_start, config.beta_end, config.beta_steps, config.beta_power)
@@ -154,3 +174,60 @@ class Denoising:
     def expected(self, denoise: Callable, like: torch.Tensor) -> torch.Tensor:
         """The expectation of x0, shaped like ``like`` (n, c, H, W): what the denoiser makes of nothing."""
         return denoise(torch.zeros_like(like), like.new_tensor(self.sigma_max))
+
+
+class DiffusionMethod(Method):
+    """A method that denoises residuals to the interpolated spots (`Residual`).
+
+    Parameters
+    ----------
+    config
+        Settings; the method's defaults by default.
+    panel
+        Ordered gene names; at least one.
+    reference
+        As `Method`.
+
+    Attributes
+    ----------
+    sampling
+        How to walk from noise to a map when predicting; from the config, and free to be replaced.
+    denoising
+        The schedule.
+
+    Raises
+    ------
+    ValueError
+        If the panel is empty.
+    """
+
+    Config = DiffusionConfig
+    samples = True
+
+    def __init__(self, config: DiffusionConfig | None, panel: tuple[str, ...], reference=None):
+        config = config or self.Config()
+        super().__init__(config, panel, reference)
+        if not panel:
+            raise ValueError(f"{type(self).__name__} learns genes by their names, and the panel is empty")
+        self.sampling = Sampling(config.sampler, config.steps, config.guidance)
+        self.denoising = Denoising(config)
+
+    @property
+    def requirements(self) -> Requirements:
+        """Tiles as the config has them."""
+        c = self.config
+        return Requirements(self.panel, c.bin_um, c.image_um, c.tile_lr, c.overlap_lr)
+
+    @property
+    def knows_mean(self) -> bool:
+        """Whether training taught the denoiser what to make of nothing."""
+        return self.config.mean_share > 0
+
+    def residual(self, batch: Batch) -> Residual:
+        """What the denoiser works on, of this batch."""
+        return Residual.of(batch, self.scale(batch), self.requirements.per_lr, self.config.smooth_bins)
+
+    def chance(self, probability: float, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Bool (count,), true with this probability in training mode and never otherwise."""
+        chance = torch.rand(count, generator=generator, device=generator.device)
+        return chance < (probability if self.training else 0.0)
