@@ -157,7 +157,7 @@ class Run:
     def _predictions(self, genes: Batch, noises, features, drawn) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The expected counts (g, H, W), and the samples that they or their spread are made of."""
         method = self.task.loaded.method
-        if method.knows_mean:  # no network any more: full precision
+        if method.knows_mean:  # in full precision: it is what people read
             mean = method.mean(genes, features)
             return mean[0], [method.vary(genes, mean, one)[0] for one in drawn]
         pairs = zip(noises, drawn or [None] * len(noises), strict=True)
