@@ -91,17 +91,20 @@ def test_our_own_error_is_one_line_that_tells_what_to_do(capsys):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)])
 def test_signals_unwind_and_end_with_their_code(name, code):
+    # a shell's background job is born deaf to Ctrl-C
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
     tidied = []
     with pytest.raises(typer.Exit) as stopped, console.session():
         try:
             try:
-                signal.raise_signal(getattr(signal, name))  # to this thread: libraries have threads of their own
+                signal.raise_signal(getattr(signal, name))
                 pytest.fail("the signal was ignored")
             except Exception:
                 pytest.fail("a signal was taken for an error")
         finally:
             tidied.append(True)
+    signal.signal(signal.SIGINT, interrupt)
     assert stopped.value.exit_code == code and tidied
     assert signal.getsignal(signal.SIGTERM) == before
 
