@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 import stsr
-from stsr.analysis.figures import superres_figure
+from stsr.figures import superres_figure
 
 
 def simulated() -> Path:
     """A Space Ranger folder of 800 x 800 um."""
-    from stsr.data.simulate import simulate_tissue, write_visium
+    from stsr.simulate import simulate_tissue, write_visium
 
     folder = Path("quickstart-visium")
     return folder if folder.exists() else write_visium(simulate_tissue(800, 800, seed=1), folder)

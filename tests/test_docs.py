@@ -168,7 +168,7 @@ def test_python_uses_verbs_as_they_are(path):
 
 def test_settings_in_the_training_page_are_right():
     from stsr.methods import DEFAULT_METHOD, method_class
-    from stsr.training_config import TrainConfig, resolve
+    from stsr.verbs.train.config import TrainConfig, resolve
 
     text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     for block in code(text, "toml"):

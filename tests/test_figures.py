@@ -5,9 +5,9 @@ import pytest
 import scipy.sparse as sp
 from PIL import Image as Pillow
 
-from stsr.analysis import figures
-from stsr.data.grid import Grid
+from stsr import figures
 from stsr.errors import UsageError
+from stsr.geometry.grid import Grid
 
 
 class _Map:

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from stsr.data.genes import mixtures, wanted_genes
 from stsr.errors import StsrError, UsageError
+from stsr.genes import mixtures, wanted_genes
 
 PANEL = ["GATA3", "LUM", "LYZ"]
 MEASURED = ["LYZ", "ACTB", "LUM", "KRT8"]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stsr.analysis import metrics
-from stsr.data.grid import Grid
-from stsr.data.measurement import Measurement
+from stsr import metrics
+from stsr.geometry.grid import Grid
+from stsr.geometry.measurement import Measurement
 
 
 @pytest.fixture

@@ -10,18 +10,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from stsr.version import __version__
 
 _VERBS = {
-    "celltype": "stsr.celltyping",
-    "demo": "stsr.demonstration",
-    "gec": "stsr.coexpression",
-    "info": "stsr.description",
-    "open_section": "stsr.data.section",
-    "prepare": "stsr.preparation",
-    "singlecell": "stsr.cellcounting",
-    "superres": "stsr.superresolution",
-    "train": "stsr.training",
+    "celltype": "stsr.verbs.celltype.verb",
+    "demo": "stsr.verbs.demo",
+    "gec": "stsr.verbs.gec.verb",
+    "info": "stsr.verbs.info",
+    "open_section": "stsr.store.section",
+    "prepare": "stsr.verbs.prepare.verb",
+    "singlecell": "stsr.verbs.singlecell.verb",
+    "superres": "stsr.verbs.superres.verb",
+    "train": "stsr.verbs.train.verb",
 }
 
 __all__ = [
@@ -38,15 +38,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from stsr.cellcounting import singlecell
-    from stsr.celltyping import celltype
-    from stsr.coexpression import gec
-    from stsr.data.section import open_section
-    from stsr.demonstration import demo
-    from stsr.description import info
-    from stsr.preparation import prepare
-    from stsr.superresolution import superres
-    from stsr.training import train
+    from stsr.store.section import open_section
+    from stsr.verbs.celltype.verb import celltype
+    from stsr.verbs.demo import demo
+    from stsr.verbs.gec.verb import gec
+    from stsr.verbs.info import info
+    from stsr.verbs.prepare.verb import prepare
+    from stsr.verbs.singlecell.verb import singlecell
+    from stsr.verbs.superres.verb import superres
+    from stsr.verbs.train.verb import train
 
 
 def __getattr__(name: str) -> Any:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-import stsr
-from stsr.data.workspace import disk_errors
 from stsr.errors import StsrError, UsageError
 from stsr.methods import method_class
 from stsr.methods.method import Method, config_dict, configured
+from stsr.store.workspace import disk_errors
+from stsr.version import __version__
 
 FORMAT = 1
 """Version of what is in the header; a reader refuses a newer one."""
@@ -82,7 +82,7 @@ def save(path: str | Path, method: Method, name: str, provenance: dict, storage:
         tensors[key] = tensor.detach().to(_STORAGE[storage]) if lower else tensor.detach()
     header = {
         "format": FORMAT,
-        "stsr": stsr.__version__,
+        "stsr": __version__,
         "method": name,
         "config": config_dict(method.config),
         "panel": list(method.panel),

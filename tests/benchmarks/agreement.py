@@ -20,8 +20,8 @@ import pandas as pd
 from scipy import ndimage
 
 import stsr
-from stsr.analysis.metrics import pearson, spearman
-from stsr.data.section import open_section
+from stsr.metrics import pearson, spearman
+from stsr.store.section import open_section
 
 BLUR_UM = 50.0
 

@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def write(file: Path, arguments) -> None:
-    from stsr.data.simulate import write_transcripts
+    from stsr.simulate import write_transcripts
 
     start = clock()
     write_transcripts(file, arguments.transcripts, arguments.width_um, arguments.height_um, arguments.genes)
@@ -55,9 +55,9 @@ def measure(arguments) -> None:
     import dask
     import zarr
 
-    from stsr.data import elements
-    from stsr.data.counting import count
-    from stsr.data.platforms import xenium
+    from stsr.platforms import xenium
+    from stsr.store import elements
+    from stsr.verbs.prepare.counting import count
 
     dask.config.set(scheduler="synchronous")
     genes = sorted(xenium._names(arguments.file, batches=4))

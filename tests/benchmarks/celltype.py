@@ -25,13 +25,13 @@ import pandas as pd
 import shapely
 from spatialdata import SpatialData
 
-from stsr.analysis.celltypes import UNASSIGNED
-from stsr.celltyping import celltype
-from stsr.data import publishing
-from stsr.data.elements import tissue_labels
-from stsr.data.grid import Grid
-from stsr.data.mapwriter import MapWriter
-from stsr.data.section import open_section
+from stsr.geometry.grid import Grid
+from stsr.store import publishing
+from stsr.store.elements import tissue_labels
+from stsr.store.section import open_section
+from stsr.store.writer import MapWriter
+from stsr.verbs.celltype.model import UNASSIGNED
+from stsr.verbs.celltype.verb import celltype
 
 REGION_UM = (1000.0, 900.0, 2000.0, 1900.0)
 MARKERS = [

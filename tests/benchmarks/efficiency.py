@@ -28,13 +28,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from stsr.checkpoint import default_weights, describe
-from stsr.data.batch import Batch
-from stsr.data.grid import Grid
-from stsr.data.tiles import plan
 from stsr.diffusion.noise import Noise, TileNoise
+from stsr.geometry.grid import Grid
 from stsr.methods import method_class
+from stsr.methods.batch import Batch
 from stsr.methods.method import Method, configured
-from stsr.training_config import read_config, resolve
+from stsr.verbs.superres.tiles import plan
+from stsr.verbs.train.config import read_config, resolve
 
 SAMPLES, STEPS = 4, 8  # superres' defaults
 MAP_BINS = 256

@@ -48,10 +48,10 @@ def write(arguments) -> None:
     from scipy import ndimage
     from spatialdata import SpatialData
 
-    from stsr.data.elements import tissue_labels
-    from stsr.data.grid import Grid
-    from stsr.data.mapwriter import CHUNKS, MapWriter
-    from stsr.data.publishing import create
+    from stsr.geometry.grid import Grid
+    from stsr.store.elements import tissue_labels
+    from stsr.store.publishing import create
+    from stsr.store.writer import CHUNKS, MapWriter
 
     began = time.perf_counter()
     side, rng = arguments.side, np.random.default_rng(0)
@@ -75,7 +75,7 @@ def write(arguments) -> None:
 def measure(store: Path) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    from stsr.coexpression import gec
+    from stsr.verbs.gec.verb import gec
 
     stages: dict[str, float] = {}
     state = {"label": None, "since": time.process_time()}

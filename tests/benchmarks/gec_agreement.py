@@ -21,10 +21,10 @@ import numpy as np
 import pandas as pd
 
 import stsr
-from stsr.analysis import correlation
-from stsr.coexpression import gec
-from stsr.coexpression_places import bins_of
-from stsr.data.section import open_section
+from stsr.store.gec_places import bins_of
+from stsr.store.section import open_section
+from stsr.verbs.gec import matrices as correlation
+from stsr.verbs.gec.verb import gec
 
 REGION_UM = (1000.0, 900.0, 2000.0, 1900.0)
 GENES = 200

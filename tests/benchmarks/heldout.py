@@ -21,10 +21,9 @@ import numpy as np
 import pandas as pd
 
 import stsr
-from stsr import checkpoint
-from stsr.analysis import metrics
-from stsr.data.section import open_section
+from stsr import checkpoint, metrics
 from stsr.methods import method_class
+from stsr.store.section import open_section
 
 REGION_UM = (1000.0, 900.0, 2000.0, 1900.0)
 GENES = 200

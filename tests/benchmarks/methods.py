@@ -27,11 +27,11 @@ import pandas as pd
 import torch
 
 import stsr
-from stsr.analysis import metrics
-from stsr.data.batch import Requirements
-from stsr.data.dataset import TrainingTiles
-from stsr.data.heldout import Rectangle
-from stsr.data.section import open_section
+from stsr import metrics
+from stsr.methods.batch import Requirements
+from stsr.store.section import open_section
+from stsr.verbs.train.heldout import Rectangle
+from stsr.verbs.train.tiles import TrainingTiles
 
 SECTIONS = ("xenium_same_he", "xenium_serial_he", "section_h5ad")
 BLIND_UM = (1000.0, 0.0, 1990.0, 800.0)  # of xenium_same_he

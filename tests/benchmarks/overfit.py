@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stsr.analysis.metrics import pearson
-from stsr.data.batch import Batch
-from stsr.data.grid import add_up
-from stsr.data.section import open_section
 from stsr.diffusion.noise import Noise, TileNoise
+from stsr.geometry.grid import add_up
 from stsr.methods import method_class
+from stsr.methods.batch import Batch
 from stsr.methods.method import configured, interpolated
 from stsr.methods.target import smoothed
+from stsr.metrics import pearson
+from stsr.store.section import open_section
 
 TILE_LR = 6
 SMOOTH_BINS = 2.0  # 20 um

@@ -76,8 +76,8 @@ def make(store: Path, cells: int, genes: int) -> Path:
     from spatialdata import SpatialData
     from spatialdata.models import Image2DModel
 
-    from stsr.data import elements, publishing
-    from stsr.data.grid import Grid
+    from stsr.geometry.grid import Grid
+    from stsr.store import elements, publishing
 
     rng = np.random.default_rng(0)
     side = int(np.ceil(np.sqrt(cells)))
@@ -105,7 +105,7 @@ def measure(store: Path) -> None:
     """Run the command and print what it took."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:2]))
-    from stsr.cellcounting import singlecell
+    from stsr.verbs.singlecell.verb import singlecell
 
     began, worked = time.perf_counter(), time.process_time()
     made = singlecell(store)
@@ -120,8 +120,8 @@ def measure(store: Path) -> None:
 
 def score(store: Path, layers: list[str]) -> None:
     """Scores of each layer, over all cells where it was measured, over the cells in the rectangle for all."""
-    from stsr.cellcounting import singlecell
-    from stsr.data.section import open_section
+    from stsr.store.section import open_section
+    from stsr.verbs.singlecell.verb import singlecell
 
     hr = open_section(store).hr
     counts = hr.read()
@@ -148,12 +148,12 @@ def score(store: Path, layers: list[str]) -> None:
 
 def score_bins(folder: Path, store: Path) -> None:
     """PCC per gene over all cells, by the size of the bins that transcripts were counted in."""
-    from stsr.analysis import cells
-    from stsr.analysis.metrics import pearson
-    from stsr.data import segmentation
-    from stsr.data.counting import count
-    from stsr.data.platforms import xenium
-    from stsr.data.section import open_section
+    from stsr.metrics import pearson
+    from stsr.platforms import xenium
+    from stsr.store.section import open_section
+    from stsr.verbs.prepare.counting import count
+    from stsr.verbs.singlecell import areas as cells
+    from stsr.verbs.singlecell import segmentation
 
     found = segmentation.stored(open_section(store))
     truth, genes, rows = segmentation.measured_counts(open_section(store), found)
@@ -180,10 +180,10 @@ def find_nuclei(store: Path | None) -> None:
     """Nuclei found and true ones."""
     from scipy.spatial import cKDTree
 
-    from stsr.data import nuclei
-    from stsr.data.image import Image
-    from stsr.data.section import open_section
-    from stsr.data.simulate import image_frame, render_he, simulate_tissue
+    from stsr.histology.image import Image
+    from stsr.simulate import image_frame, render_he, simulate_tissue
+    from stsr.store.section import open_section
+    from stsr.verbs.singlecell import nuclei
 
     tissue = simulate_tissue(500, 400, seed=3)
     true = tissue.cells.nucleus_um.mean(1)

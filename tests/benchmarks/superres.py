@@ -17,7 +17,7 @@ import torch
 
 import stsr
 from stsr import checkpoint
-from stsr.data.simulate import simulate_tissue, write_visium
+from stsr.simulate import simulate_tissue, write_visium
 
 
 def main() -> None:

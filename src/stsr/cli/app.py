@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from stsr import __version__
 from stsr.cli import celltype, demo, gec, info, prepare, singlecell, superres, train
 from stsr.cli.usage import Commands
+from stsr.version import __version__
 
 app = typer.Typer(
     name="stsr",

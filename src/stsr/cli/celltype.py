@@ -114,7 +114,7 @@ def _summary(result, places: str) -> str:
 
 
 def _draw(result, path: Path) -> None:
-    from stsr.analysis.celltype_figures import celltype_figure
-    from stsr.data.section import open_section
+    from stsr.store.section import open_section
+    from stsr.verbs.celltype.figure import celltype_figure
 
     celltype_figure(open_section(result.store), result.element, path)

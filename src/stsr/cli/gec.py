@@ -169,8 +169,8 @@ def _write_pairs(result, path: Path) -> None:
 
 
 def _draw(result, path: Path) -> None:
-    from stsr.analysis.correlation_figures import gec_figure
-    from stsr.data.section import open_section
+    from stsr.store.section import open_section
+    from stsr.verbs.gec.figure import gec_figure
 
     section = open_section(result.store)
     kind = "cells" if result.bin_um is None else f"bins of {result.bin_um:g} µm"

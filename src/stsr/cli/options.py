@@ -116,7 +116,7 @@ def check_figure(path: Path | None) -> None:
         If its suffix is no format, or as `check_place`.
     """
     if path is not None:
-        from stsr.analysis.figures import check_path
+        from stsr.figures import check_path
 
         check_place(check_path(path), "--figure")
 

@@ -161,8 +161,8 @@ def _numbers(values) -> list[str]:
 
 
 def _draw(result, genes: list[str] | None, path: Path, area) -> None:
-    from stsr.analysis.cell_figures import cells_figure
-    from stsr.data.section import open_section
+    from stsr.store.section import open_section
+    from stsr.verbs.singlecell.figure import cells_figure
 
     named = None if genes is None or genes == [options.ALL_GENES] else genes[:_FIGURE_GENES]
     cells_figure(open_section(result.store), result.element, named, path, region_um=area)

@@ -130,8 +130,8 @@ def _summary(result) -> str:
 
 
 def _draw(result, genes: list[str], path: Path) -> None:
-    from stsr.analysis.figures import superres_figure
-    from stsr.data.section import open_section
+    from stsr.figures import superres_figure
+    from stsr.store.section import open_section
 
     superres_figure(open_section(result.store), result.element, genes, path)
 
@@ -140,7 +140,7 @@ def _genes_to_draw(result, wanted: list[str] | None) -> list[str]:
     """The first that were asked for by name, else the most counted ones of the map."""
     import numpy as np
 
-    from stsr.data.section import open_section
+    from stsr.store.section import open_section
 
     section = open_section(result.store)
     there = section.map(result.element).genes

@@ -14,9 +14,9 @@ from itertools import islice
 import torch
 from torch import nn
 
-from stsr.data.batch import Batch
 from stsr.diffusion import Preconditioning, karras_sigmas, lognormal_sigmas
 from stsr.diffusion.noise import Noise, TileNoise
+from stsr.methods.batch import Batch
 from stsr.methods.method import random_normal
 from stsr.methods.regression import RegressionConfig, UNetRegression
 from stsr.methods.sampling import Sampling

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stsr.data.batch import Batch
 from stsr.diffusion.noise import TileNoise
 from stsr.diffusion.precond import Denoise
+from stsr.methods.batch import Batch
 from stsr.methods.crossmodal import (
     CellAttention,
     GeneGraph,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from stsr.data.batch import Batch, Requirements
 from stsr.diffusion import (
     Preconditioning,
     beta_sigmas,
@@ -21,6 +20,7 @@ from stsr.diffusion import (
     lognormal_sigmas,
     uniform_sigmas,
 )
+from stsr.methods.batch import Batch, Requirements
 from stsr.methods.method import Method, random_normal
 from stsr.methods.sampling import Sampling
 from stsr.methods.target import Residual

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stsr.data.batch import PLAIN_DENSITY, Batch, Requirements
 from stsr.diffusion.noise import TileNoise
 from stsr.errors import UsageError
+from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements
 
 
 class Method(nn.Module, ABC):

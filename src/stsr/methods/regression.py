@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stsr.data.batch import Batch, Requirements
+from stsr.methods.batch import Batch, Requirements
 from stsr.methods.method import Method, interpolated
 from stsr.nn.blocks import ConvBlock
 from stsr.nn.unet import UNet

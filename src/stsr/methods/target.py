@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import torch
 
-from stsr.data.batch import Batch
+from stsr.methods.batch import Batch
 from stsr.methods.method import interpolated
 
 # Measured on 10x Genomics' breast cancer section (Janesick et al. 2023), 313 genes, 10 um bins, a Gaussian of one bin:

@@ -1,1 +1,0 @@
-"""Sections, grids, measurements and tiles: everything that knows where things lie."""

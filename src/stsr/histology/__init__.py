@@ -1,0 +1,1 @@
+"""The H&E image: pixels in um, image files, tissue."""

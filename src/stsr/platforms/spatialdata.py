@@ -1,0 +1,229 @@
+"""SpatialData stores, whoever wrote them: copied, checked, into um and the names that stsr uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from stsr.errors import StsrError
+from stsr.histology import files as he
+from stsr.platforms.source import Cells, Chunk, Options, Source, Spots, Transcripts, choose_genes, control
+from stsr.store import catalogue as store
+from stsr.store import discovery as foreign
+
+NAME = "spatialdata"
+
+_POINTS = "transcripts"
+_EDGE_UM = 1e-2  # bins end before the next one begins
+
+
+def recognises(path: Path) -> bool:
+    """Whether it is a zarr store with SpatialData's elements."""
+    return path.is_dir() and store.is_store(path) and bool(store.elements(path))
+
+
+def read(path: Path, options: Options) -> Source:
+    """Read a SpatialData store.
+
+    Parameters
+    ----------
+    path
+        The store, as ``spatialdata_io.xenium``, ``spatialdata_io.visium`` or stsr itself wrote it.
+    options
+        ``um_per_px`` is the um of a unit of the store's coordinate system, where that cannot be found; H&E and its
+        alignment (pixels to um) for a store without; least quality and genes.
+
+    Returns
+    -------
+    Source
+        Transcripts from points called ``transcripts``, else from counts per bin; spots and cells from shapes.
+
+    Raises
+    ------
+    StsrError
+        If the um of a unit cannot be found, or the store holds nothing to use.
+    """
+    from stsr.store.section import open_section
+
+    section = open_section(path, um_per_unit=options.um_per_px)
+    sdata, frame = section.sdata, section.frame
+    warnings: list[str] = []
+    spots = _spots(sdata, frame, section, options)
+    transcripts, genes = _transcripts(section, options)
+    if transcripts is None and spots is not None:
+        genes = list(spots.counts.var_names)
+    picture = _picture(section, options)
+    if picture is None:
+        warnings.append(f"no H&E in {path}: superres needs one; add it with --he and --alignment")
+    if transcripts is None and spots is None and picture is None:
+        raise StsrError(
+            f"{path} holds neither an image, nor spots, nor transcripts; give a store of a section"
+        )
+    made = section.provenance.get(store.SPOTS, {})
+    return Source(
+        name=section.name,
+        platform=NAME,
+        genes=genes,
+        picture=picture,
+        transcripts=transcripts,
+        spots=spots,
+        cells=_cells(section, genes, warnings),
+        warnings=warnings,
+        facts={
+            "store": path.name,
+            "um_per_unit": frame.um_per_unit,
+            "min_qv": options.min_qv,
+            "was": made.get("platform", ""),
+        },
+    )
+
+
+def _picture(section, options: Options) -> he.Picture | None:
+    if options.he is not None:
+        if options.alignment is None:
+            raise StsrError(
+                f"{options.he} has no alignment; give 3 rows of 3 numbers from its pixels to um: --alignment"
+            )
+        levels, named_um = he.open_levels(options.he)
+        px_to_um = he.read_alignment(options.alignment)
+        he.check_pixel(px_to_um, named_um, options.he.name)
+        return he.Picture(levels, px_to_um, options.he)
+    import dask.array as da
+
+    images = section.sdata.images
+    name = store.HE if store.HE in images else foreign.find_image(section.sdata, section.frame)
+    if name is None:
+        return None
+    px_to_um = foreign.affine(images[name], section.frame.name, section.frame.um_per_unit)
+    he.check_pixel(px_to_um, None, f"image {name} in {section.path.name}")
+    # Not through spatialdata: these arrays tell in a sentence when what they read is damaged.
+    stored = [da.from_array(array, array.chunks, name=False) for array in section.arrays("images", name)]
+    return he.Picture([he.as_level(level, section.path, "cyx") for level in stored], px_to_um)
+
+
+def _spots(sdata, frame, section, options: Options) -> Spots | None:
+    found = foreign.find_spots(sdata)
+    if found is None:
+        return None
+    import anndata
+    import pandas as pd
+
+    table = sdata.tables[found[1]]
+    _, rows = foreign.annotated(sdata, *found)
+    spots = section.spots
+    genes = choose_genes(spots.genes, options.genes, f"the spots of {section.path.name}")
+    obs = pd.DataFrame(index=[str(name) for name in table.obs_names[rows]])
+    for key in ("array_row", "array_col"):
+        if key in table.obs:
+            obs[key] = table.obs[key].to_numpy()[rows]
+    keep = (
+        table.obs["in_tissue"].to_numpy(int)[rows] == 1
+        if "in_tissue" in table.obs
+        else np.ones(len(rows), bool)
+    )
+    if not keep.any():
+        raise StsrError(
+            f"no tissue found: no spot in {section.path.name} is marked as in tissue; check its table"
+        )
+    counts = anndata.AnnData(spots.select(genes).astype(np.int32), obs=obs, var=pd.DataFrame(index=genes))[
+        keep
+    ].copy()
+    counts.obs_names_make_unique()
+    origin = section.provenance.get(store.SPOTS, {}).get("origin", store.MEASURED)
+    return Spots(spots.centres_um[keep], spots.shape, spots.size_um, counts, origin)
+
+
+def _cells(section, genes: list[str], warnings: list[str]) -> Cells | None:
+    cells = section.cells
+    if cells is None:
+        return None
+    outlines = cells.geometry
+    outlines.index = outlines.index.astype(str)
+    table = cells.table
+    if table is None:
+        return Cells(outlines)
+    if not set(genes) <= set(table.var_names):
+        warnings.append(
+            f"the table of cells in {section.path.name} lacks genes of the panel: cells have outlines only"
+        )
+        return Cells(outlines)
+    matrix, names = foreign.raw_counts(table, np.arange(table.n_obs), section.path.name)
+    import anndata
+    import pandas as pd
+
+    place = pd.Index(names).get_indexer(genes)
+    counts = anndata.AnnData(matrix[:, place].astype(np.int32), var=pd.DataFrame(index=genes))
+    counts.obs_names = outlines.index
+    return Cells(outlines, counts)
+
+
+# ---------------------------------------------------------------------------------------------- transcripts
+
+
+def _transcripts(section, options: Options) -> tuple[Transcripts | None, list[str]]:
+    points = section.sdata.points
+    if _POINTS in points and {"x", "y"} <= set(points[_POINTS].columns):
+        return _from_points(section, options)
+    if section.hr is not None:
+        return _from_bins(section, options)
+    return None, []
+
+
+def _from_points(section, options: Options) -> tuple[Transcripts, list[str]]:
+    points = section.sdata.points[_POINTS]
+    column = next((name for name in ("feature_name", "gene", "target") if name in points.columns), None)
+    if column is None:
+        raise StsrError(
+            f"transcripts in {section.path.name} have no column feature_name; rename the one with genes"
+        )
+    wanted = ["x", "y", column, *(["qv"] if "qv" in points.columns else [])]
+    to_um = foreign.affine(points, section.frame.name, section.frame.um_per_unit)
+    parts = [points[wanted].get_partition(number) for number in range(points.npartitions)]
+    low, high, seen = np.full(2, np.inf), np.full(2, -np.inf), set()
+    for part in parts:
+        frame = part.compute()
+        if len(frame):
+            xy = _moved(frame, to_um)
+            low, high = np.minimum(low, xy.min(1)), np.maximum(high, xy.max(1))
+            seen.update(str(name) for name in frame[column].unique())
+    available = sorted(name for name in seen if not control(name))
+    genes = choose_genes(available, options.genes, f"transcripts of {section.path.name}")
+    index = {gene: number for number, gene in enumerate(genes)}
+
+    def chunks() -> Iterator[Chunk]:
+        for part in parts:
+            frame = part.compute()
+            names = frame[column].astype("category")
+            gene_of = np.array([*(index.get(str(name), -1) for name in names.cat.categories), -1])
+            gene = gene_of[names.cat.codes.to_numpy()]  # a code of -1, no name, takes the last entry
+            good = frame["qv"].to_numpy() >= options.min_qv if "qv" in frame else np.ones(len(frame), bool)
+            keep = good & (gene >= 0)
+            x, y = _moved(frame, to_um)[:, keep]
+            yield Chunk(x, y, gene[keep], int((~good).sum()), int(good.sum() - keep.sum()))
+
+    return Transcripts(chunks, (*map(float, low), *map(float, high)), None), genes
+
+
+def _moved(frame, to_um: np.ndarray) -> np.ndarray:
+    """x and y (2, n), um."""
+    xy = frame[["x", "y"]].to_numpy(float).T
+    return to_um[:2, :2] @ xy + to_um[:2, 2:]
+
+
+def _from_bins(section, options: Options) -> tuple[Transcripts, list[str]]:
+    """Counts per bin as transcripts at the bins' centres: exact for these bins and for coarser ones."""
+    maps = section.hr
+    genes = choose_genes(maps.genes, options.genes, f"the map of {section.path.name}")
+    x, y = maps.grid.centres_um()
+
+    def chunks() -> Iterator[Chunk]:
+        for start in range(0, len(genes), 16):
+            gene, row, column = np.nonzero(counts := maps.read(genes[start : start + 16]))
+            times = counts[gene, row, column].astype(np.int64)
+            yield Chunk(*(np.repeat(values, times) for values in (x[column], y[row], gene + start)))
+
+    x0, y0, x1, y1 = maps.grid.bounds_um
+    bounds = x0, y0, x1 - _EDGE_UM, y1 - _EDGE_UM
+    return Transcripts(chunks, bounds, None, (x0, y0), maps.grid.bin_um), genes

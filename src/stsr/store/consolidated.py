@@ -1,0 +1,106 @@
+"""A store's root metadata: attributes, and the consolidated copy of all metadata that readers go by.
+
+Every edit is one atomic rename of a file written in a scratch folder on the same file system. zarr 3 keeps attributes
+and the consolidated copy in one file, ``zarr.json``; zarr 2 in two, ``.zattrs`` and ``.zmetadata``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+
+from stsr.store import catalogue as names
+
+
+def consolidate(store: Path) -> None:
+    """Make the consolidated copy, reading every group and array of the store."""
+    import zarr
+
+    with names.quiet():  # parquet files of shapes and points are no zarr, and zarr says so
+        zarr.consolidate_metadata(zarr.storage.LocalStore(store))
+
+
+def entries_of(store: Path, elements: dict[str, str]) -> dict:
+    """Consolidated metadata of elements ({name: kind}): {key: metadata}."""
+    folders = {f"{kind}/{name}" for name, kind in elements.items()}
+    found = consolidated(store) or {}
+    return {key: value for key, value in found.items() if "/".join(key.split("/")[:2]) in folders}
+
+
+def kind_entries(store: Path, kinds: set[str]) -> dict:
+    """Consolidated metadata of the kinds' own groups, as they are on disk."""
+    files = (".zgroup", ".zattrs") if names.zarr_format(store) == 2 else ("zarr.json",)
+    found = {f"{kind}/{file}": names.load_json(store / kind / file) for kind in kinds for file in files}
+    return {key.removesuffix("/zarr.json"): value for key, value in found.items() if value}
+
+
+def consolidated(store: Path) -> dict | None:
+    """The consolidated copy, {key: metadata}, or None where there is none."""
+    if names.zarr_format(store) == 2:
+        return names.load_json(store / ".zmetadata").get("metadata")
+    found = names.load_json(store / "zarr.json").get("consolidated_metadata")
+    return None if found is None else found["metadata"]
+
+
+def edit_consolidated(
+    store: Path, scratch: Path, drop: dict | None = None, add: dict | None = None, also=None
+) -> None:
+    """Change consolidated metadata in one atomic write; a store that has none is left without.
+
+    ``also`` edits the root attributes in the same write (zarr 3 only, where both are one file).
+    """
+    file = store / (".zmetadata" if names.zarr_format(store) == 2 else "zarr.json")
+    whole = names.load_json(file)
+    holder = whole if names.zarr_format(store) == 2 else whole.get("consolidated_metadata") or {}
+    metadata = holder.get("metadata")
+    if metadata is not None:
+        folders = {f"{kind}/{name}" for name, kind in (drop or {}).items()}
+        kept = {key: value for key, value in metadata.items() if "/".join(key.split("/")[:2]) not in folders}
+        merged = {**kept, **(add or {})}
+        # zarr builds its tree in this order and wants every depth whole before the next.
+        holder["metadata"] = {
+            key: merged[key] for key in sorted(merged, key=lambda key: (key.count("/"), key))
+        }
+        if names.zarr_format(store) == 2:
+            holder["metadata"][".zattrs"] = names.root_attributes(store)
+    if also is not None:
+        also(whole.setdefault("attributes", {}))
+    if metadata is not None or also is not None:
+        write_json(file, whole, scratch)
+
+
+def edit_root(store: Path, scratch: Path, edit) -> None:
+    """Change root attributes in one atomic write per file."""
+    if names.zarr_format(store) == 3:
+        whole = names.load_json(store / "zarr.json")
+        edit(whole.setdefault("attributes", {}))
+        write_json(store / "zarr.json", whole, scratch)
+        return
+    attributes = names.root_attributes(store)
+    edit(attributes)
+    write_json(store / ".zattrs", attributes, scratch)
+    edit_consolidated(store, scratch)
+
+
+def list_labels(store: Path, scratch: Path) -> None:
+    """OME-Zarr lists the labels in their group's attributes; other readers go by it."""
+    group = store / "labels"
+    file = group / (".zattrs" if (group / ".zgroup").exists() else "zarr.json")
+    whole = names.load_json(file)
+    attributes = whole if file.name == ".zattrs" else whole.get("attributes", {})
+    holder = attributes.get("ome", attributes)
+    present = (
+        sorted(child.name for child in group.iterdir() if child.is_dir()) if "labels" in holder else None
+    )
+    if present is not None and holder["labels"] != present:
+        holder["labels"] = present
+        write_json(file, whole, scratch)
+
+
+def write_json(path: Path, content: dict, scratch: Path) -> None:
+    """Put JSON at ``path`` in one atomic rename out of the scratch folder."""
+    temporary = scratch / f"json-{uuid.uuid4().hex}"
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, path)

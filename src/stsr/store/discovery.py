@@ -1,0 +1,349 @@
+"""Stores that others wrote: which elements are image, spots and cells, and how many um a unit is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+
+from stsr.errors import StsrError
+from stsr.geometry.measurement import VISIUM_PITCH_UM, VISIUM_SPOT_UM
+from stsr.store import catalogue as names
+
+_HD_BINS = re.compile(r"(?:square|bin)_?(\d{3})um", re.IGNORECASE)  # spatialdata_io.visium_hd: square_008um
+_CELL_NAMES = (names.CELLS, "cell_boundaries", "cell_circles", "nucleus_boundaries")
+_LATTICE = ("array_row", "array_col")
+_SIX = 6  # neighbours on a hexagonal lattice
+_PITCH_TOLERANCE = 0.15  # how far from 100 um a pitch may be and still be Visium's
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A coordinate system of the store, and how many um one of its units is."""
+
+    name: str
+    um_per_unit: float
+
+
+def find_frame(sdata, system: str | None = None, um_per_unit: float | None = None) -> Frame:
+    """The frame of a store that does not tell it in so many words.
+
+    Tried in this order: maps whose names tell their bin size; Xenium elements, whose own coordinates are um;
+    Visium HD bins, whose names tell their pitch; round spots on a hexagonal lattice (by array rows and columns, else
+    by their distances), whose neighbours are 100 um apart. The diameter that Space Ranger gives for spots is not
+    used: it stands for 65 um in older data and 55 um in newer. Square arrays without a telling name and single
+    Visium spots say nothing about um.
+
+    Raises
+    ------
+    StsrError
+        If none of them applies.
+    """
+    system = system or _main_system(sdata)
+    if um_per_unit is None:
+        for guess in (_um_from_maps, _um_from_xenium, _um_from_hd, _um_from_lattice):
+            um_per_unit = guess(sdata, system)
+            if um_per_unit:
+                break
+        else:
+            raise StsrError(
+                "the store does not tell how many um a unit of its coordinates is; "
+                "give it: stsr prepare STORE --um-per-px VALUE"
+            )
+    return Frame(system, float(um_per_unit))
+
+
+def affine(element, system: str, um_per_unit: float = 1.0) -> np.ndarray:
+    """Affine (3, 3) from an element's own (x, y, 1) to um.
+
+    Raises
+    ------
+    StsrError
+        If the element has no place in the coordinate system.
+    """
+    from spatialdata.transformations import get_transformation
+
+    found = get_transformation(element, get_all=True)
+    if system not in found:
+        raise StsrError(
+            f"an element has no place in the coordinate system {system!r}; prepare the section again"
+        )
+    matrix = np.asarray(found[system].to_affine_matrix(("x", "y"), ("x", "y")), dtype=np.float64)
+    return np.diag([um_per_unit, um_per_unit, 1.0]) @ matrix
+
+
+def find_image(sdata, frame: Frame) -> str | None:
+    """The finest 8-bit image of three or four channels in the frame."""
+    found = []
+    for name, element in sdata.images.items():
+        array = finest(element)
+        if array.sizes["c"] in (3, 4) and array.dtype == np.uint8 and _lies_in(element, frame.name):
+            found.append((abs(np.linalg.det(affine(element, frame.name)[:2, :2])), name))
+    return min(found)[1] if found else None
+
+
+def finest(element):
+    """The level of most pixels of an image or labels element, as an xarray DataArray."""
+    return next(iter(element["scale0"].values())) if hasattr(element, "children") else element
+
+
+def find_spots(sdata) -> tuple[str, str] | None:
+    """Names of the spots' shapes and of the table that annotates them, or None.
+
+    ``spots`` if there is one; else what carries array rows and columns. Of Visium HD's bins the coarsest are taken:
+    finer ones hold too few counts each to be a low-resolution measurement.
+    """
+    pairs = [pair for pair in _annotations(sdata) if pair[0] in sdata.shapes]
+    for shapes, table in pairs:
+        if shapes == names.SPOTS:
+            return shapes, table
+    on_lattice = [pair for pair in pairs if all(key in sdata.tables[pair[1]].obs for key in _LATTICE)]
+    found = on_lattice or [
+        pair for pair in pairs if not _is_cells(pair[0]) and "radius" in sdata.shapes[pair[0]]
+    ]
+    return max(found, key=lambda pair: _hd_bin_um(pair[0]) or 0.0) if found else None
+
+
+def find_cells(sdata) -> tuple[str, str | None] | None:
+    """Names of the cells' shapes and of their table if there is one, or None."""
+    annotations = dict(_annotations(sdata))
+    tables = [table for shapes, table in annotations.items() if _is_cells(shapes)]
+    for name in _CELL_NAMES:
+        if name in sdata.shapes:
+            return name, annotations.get(name) or _table_that_fits(sdata, name, tables)
+    return None
+
+
+def annotated(sdata, shapes: str, table: str):
+    """Geometry rows and table rows of the same things, in the table's order.
+
+    Returns
+    -------
+    geometry, rows
+        GeoDataFrame (n) and the indices (n,) of the table's rows that annotate it.
+
+    Raises
+    ------
+    StsrError
+        If table and shapes share no instance.
+    """
+    annotation = sdata.tables[table]
+    attributes = annotation.uns["spatialdata_attrs"]
+    region, instances = annotation.obs[attributes["region_key"]], annotation.obs[attributes["instance_key"]]
+    geometry = sdata.shapes[shapes]
+    mine = (region.astype(str) == shapes).to_numpy()
+    mine = (
+        mine if mine.any() else np.ones(len(region), dtype=bool)
+    )  # the table of a sister element, as circles
+    place = geometry.index.get_indexer(instances)
+    if (
+        place[mine] < 0
+    ).all() and geometry.index.dtype != instances.dtype:  # numbers in one and text in the other
+        place = geometry.index.astype(str).get_indexer(instances.astype(str))
+    rows = np.flatnonzero(mine & (place >= 0))
+    if not len(rows):
+        raise StsrError(
+            f"the table {table!r} and the shapes {shapes!r} share no instance; prepare the section again"
+        )
+    return geometry.iloc[place[rows]], rows
+
+
+def outline(geometry, to_um: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+    """Centres (n, 2) and sizes (n,) of circles or squares, um, and ``"disc"`` or ``"square"``."""
+    scale = np.sqrt(abs(np.linalg.det(to_um[:2, :2])))
+    centroid = geometry.geometry.centroid
+    centres = np.stack([centroid.x.to_numpy(), centroid.y.to_numpy(), np.ones(len(geometry))], axis=1)
+    centres = (centres @ to_um.T)[:, :2]
+    if "radius" in geometry:
+        return centres, 2 * scale * geometry["radius"].to_numpy(), "disc"
+    return centres, scale * np.sqrt(geometry.geometry.area.to_numpy()), "square"
+
+
+def in_um(geometry, to_um: np.ndarray):
+    """The same shapes in um."""
+    (a, b, x), (d, e, y) = to_um[:2]
+    moved = geometry.copy()
+    moved.geometry = geometry.geometry.affine_transform([a, b, d, e, x, y])
+    if "radius" in moved:
+        moved["radius"] = moved["radius"] * np.sqrt(abs(np.linalg.det(to_um[:2, :2])))
+    moved.attrs = {}  # the old transformation no longer holds
+    return moved
+
+
+def true_size(centres_um: np.ndarray, size_um: float, shape: str) -> float:
+    """55 um for discs on Visium's lattice, whatever the store says; else what it says."""
+    pitch = median_pitch(centres_um)
+    is_visium = shape == "disc" and pitch and abs(pitch / VISIUM_PITCH_UM - 1) < _PITCH_TOLERANCE
+    return VISIUM_SPOT_UM if is_visium else size_um
+
+
+def median_pitch(centres: np.ndarray) -> float | None:
+    """Median distance to the nearest other centre, None with fewer than two."""
+    from scipy.spatial import cKDTree
+
+    if len(centres) < 2:
+        return None
+    distance, _ = cKDTree(centres).query(centres, k=2)
+    return float(np.median(distance[:, 1]))
+
+
+def raw_counts(table, rows: np.ndarray, where: str) -> tuple[sp.csr_matrix, list[str]]:
+    """Raw counts (n, g) float32 and gene names of a table's rows: ``layers["counts"]``, else X, else raw.
+
+    Raises
+    ------
+    StsrError
+        If none of them holds whole, non-negative numbers.
+    """
+    candidates = [(table.layers.get("counts"), table.var_names), (table.X, table.var_names)]
+    if table.raw is not None:
+        candidates.append((table.raw.X, table.raw.var_names))
+    for matrix, genes in candidates:
+        if matrix is None:
+            continue
+        counts = sp.csr_matrix(matrix[rows], dtype=np.float32)
+        if np.all(counts.data >= 0) and np.array_equal(counts.data, np.rint(counts.data)):
+            return counts, [str(gene) for gene in genes]
+    raise StsrError(
+        f"the spots' table in {where} holds no raw counts (whole numbers); "
+        "put them in layers['counts'] and save it again"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ frames
+
+
+def _main_system(sdata) -> str:
+    """Where the spots or else the images lie; of several the one of most elements, ``global`` first."""
+    from spatialdata.transformations import get_transformation
+
+    votes: dict[str, int] = {}
+    found = find_spots(sdata)
+    chosen = (
+        [sdata.shapes[found[0]]] if found else [element for _, _, element in sdata.gen_spatial_elements()]
+    )
+    for element in chosen:
+        for system in get_transformation(element, get_all=True):
+            votes[system] = votes.get(system, 0) + 1
+    if not votes:
+        return "global"
+    if "global" in votes:
+        return "global"
+    # spatialdata_io.visium adds "<dataset>_downscaled_hires" and such; the plain name is the full resolution
+    return min(votes, key=lambda system: ("_downscaled_" in system, -votes[system], len(system)))
+
+
+def _um_from_maps(sdata, system: str) -> float | None:
+    for name, element in sdata.images.items():
+        bin_um = names.bin_um_of(name)
+        if bin_um and _lies_in(element, system):
+            return bin_um / np.sqrt(abs(np.linalg.det(affine(element, system)[:2, :2])))
+    return None
+
+
+def _um_from_xenium(sdata, system: str) -> float | None:
+    """spatialdata_io.xenium keeps um in its points and shapes, and pixels in the coordinate system."""
+    is_xenium = (
+        "cell_circles" in sdata.shapes or "transcripts" in sdata.points or "cell_boundaries" in sdata.shapes
+    )
+    if not is_xenium:
+        return None
+    known = (sdata.points, "transcripts"), (sdata.shapes, "cell_circles"), (sdata.shapes, "cell_boundaries")
+    for container, name in known:
+        if name in container and _lies_in(container[name], system):
+            return 1 / np.sqrt(abs(np.linalg.det(affine(container[name], system)[:2, :2])))
+    return None
+
+
+def _um_from_hd(sdata, system: str) -> float | None:
+    found = find_spots(sdata)
+    bin_um = _hd_bin_um(found[0]) if found else None
+    if not bin_um or not _lies_in(sdata.shapes[found[0]], system):
+        return None
+    pitch = median_pitch(outline(sdata.shapes[found[0]], affine(sdata.shapes[found[0]], system))[0])
+    return bin_um / pitch if pitch else None
+
+
+def _um_from_lattice(sdata, system: str) -> float | None:
+    found = find_spots(sdata)
+    if found is None or not _lies_in(sdata.shapes[found[0]], system):
+        return None
+    geometry, rows = annotated(sdata, *found)
+    centres, _, shape = outline(geometry, affine(sdata.shapes[found[0]], system))
+    table = sdata.tables[found[1]].obs.iloc[rows]
+    if all(key in table for key in _LATTICE):
+        return lattice_um(centres, *(table[key].to_numpy(dtype=float) for key in _LATTICE))
+    return VISIUM_PITCH_UM / median_pitch(centres) if shape == "disc" and _is_hexagonal(centres) else None
+
+
+def _is_hexagonal(centres: np.ndarray) -> bool:
+    """Whether neighbours are equally far apart and up to six around one: nothing less speaks for Visium."""
+    from scipy.spatial import cKDTree
+
+    if len(centres) < _SIX + 1:
+        return False
+    distance, _ = cKDTree(centres).query(centres, k=_SIX + 1)  # (n, 7): itself and its neighbours
+    pitch = np.median(distance[:, 1])
+    near = np.abs(distance[:, 1:] / pitch - 1) < _PITCH_TOLERANCE
+    return bool(near[:, 0].mean() > 0.9 and near.sum(1).max() == _SIX)
+
+
+def lattice_um(centres: np.ndarray, array_row: np.ndarray, array_col: np.ndarray) -> float | None:
+    """um per unit from a hexagonal array: columns are 50 um apart, rows 100 um x sqrt(3) / 2.
+
+    Rows plus columns are even on Visium's hexagons; on a square array the step is not known, and the answer is None.
+    """
+    if np.any((array_row + array_col) % 2):
+        return None
+    ideal = np.stack([array_col * VISIUM_PITCH_UM / 2, array_row * VISIUM_PITCH_UM * np.sqrt(3) / 2], axis=1)
+    ideal, centred = ideal - ideal.mean(0), centres - centres.mean(0)
+    if np.linalg.matrix_rank(ideal) == 2:
+        to_units = np.linalg.lstsq(ideal, centred, rcond=None)[0]
+        return float(1 / np.sqrt(abs(np.linalg.det(to_units))))
+    length, units = np.linalg.norm(ideal), np.linalg.norm(centred)  # spots on one line
+    return float(length / units) if units else None
+
+
+# ---------------------------------------------------------------------------------------------------- elements
+
+
+def _annotations(sdata) -> list[tuple[str, str]]:
+    """(element, table) for every table that annotates something; the verbs' own results are left out."""
+    pairs = []
+    made = sdata.attrs.get(names.ATTRS_KEY, {})
+    for name, table in sdata.tables.items():
+        if names.is_result(made.get(name, {})):
+            continue  # it annotates what was measured, and is no measurement itself
+        regions = table.uns.get("spatialdata_attrs", {}).get("region") or []
+        regions = [regions] if isinstance(regions, str) else list(regions)
+        pairs += [(str(region), name) for region in regions]
+    # The table that goes by the element's name comes first.
+    return sorted(pairs, key=lambda pair: (pair[1] != names.table_name(pair[0]), pair))
+
+
+def _is_cells(shapes: str) -> bool:
+    return shapes in _CELL_NAMES or "cell" in shapes.lower() or "nucle" in shapes.lower()
+
+
+def _hd_bin_um(shapes: str) -> float | None:
+    match = _HD_BINS.search(shapes)
+    return float(match[1]) if match else None
+
+
+def _lies_in(element, system: str) -> bool:
+    from spatialdata.transformations import get_transformation
+
+    return system in get_transformation(element, get_all=True)
+
+
+def _table_that_fits(sdata, shapes: str, tables: list[str]) -> str | None:
+    """A cells' table of a sister element (Xenium: of the circles) whose instances are these shapes too."""
+    for table in tables:
+        try:
+            annotated(sdata, shapes, table)
+        except StsrError:
+            continue
+        return table
+    return None

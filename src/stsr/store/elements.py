@@ -1,0 +1,146 @@
+"""SpatialData elements made of a section's parts, all placed in um."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stsr.geometry.grid import Grid
+from stsr.histology.files import Picture
+
+UM = "global"
+"""The coordinate system of stores that stsr makes: um."""
+
+COUNT_CHUNKS = (16, 256, 256)
+_IMAGE_CHUNKS = (3, 1024, 1024)
+_COARSEST = 256  # px; a pyramid ends before a side gets shorter
+REGION, INSTANCE = "region", "instance_id"
+
+
+def affine(matrix: np.ndarray) -> dict:
+    """The transformation of an element from a (3, 3) affine on (x, y, 1)."""
+    from spatialdata.transformations import Affine
+
+    return {UM: Affine(matrix, input_axes=("x", "y"), output_axes=("x", "y"))}
+
+
+def he_image(picture: Picture):
+    """The H&E as a multi-scale image (c, y, x) in its own pixels.
+
+    A file's own pyramid is used. One that is built here starts from an image whose sides are whole numbers of its
+    coarsest pixels (the last row and column repeated), so that levels lie on each other exactly.
+    """
+    from spatialdata.models import Image2DModel
+    from spatialdata.transformations import set_transformation
+    from xarray import DataArray, Dataset, DataTree
+
+    levels = list(picture.levels) if len(picture.levels) > 1 else _pyramid(picture.levels[0])
+    height, width = levels[0].shape[1:]
+    scales = {}
+    for number, level in enumerate(levels):
+        y = (np.arange(level.shape[1]) + 0.5) * height / level.shape[1]
+        x = (np.arange(level.shape[2]) + 0.5) * width / level.shape[2]
+        coords = {"c": ["r", "g", "b"], "y": y, "x": x}
+        array = DataArray(level, name="image", dims=("c", "y", "x"), coords=coords, attrs={"transform": {}})
+        scales[f"scale{number}"] = Dataset({"image": array})
+    tree = DataTree.from_dict(scales)
+    set_transformation(tree, affine(picture.px_to_um)[UM], UM)
+    Image2DModel().validate(tree)
+    return tree
+
+
+def _pyramid(level) -> list:
+    import dask.array as da
+
+    halvings = 0
+    while min(level.shape[1:]) >> (halvings + 1) >= _COARSEST:
+        halvings += 1
+    pad = [(0, -size % 2**halvings) for size in level.shape[1:]]
+    levels = [da.pad(level, [(0, 0), *pad], mode="edge").rechunk(_IMAGE_CHUNKS)]
+    for _ in range(halvings):
+        fine = levels[-1]
+        chunks = (fine.chunks[0], *(tuple(size // 2 for size in sizes) for sizes in fine.chunks[1:]))
+        levels.append(fine.map_blocks(_halve, chunks=chunks, dtype=np.uint8).rechunk(_IMAGE_CHUNKS))
+    return levels
+
+
+def _halve(pixels: np.ndarray) -> np.ndarray:
+    """Mean of 2 x 2 pixels, rounded: (c, 2 h, 2 w) uint8 -> (c, h, w)."""
+    rows = pixels[:, 0::2].astype(np.uint16) + pixels[:, 1::2]
+    return ((rows[:, :, 0::2] + rows[:, :, 1::2] + 2) // 4).astype(np.uint8)
+
+
+def count_image(counter, grid: Grid, genes: list[str]):
+    """Counts per bin (gene, y, x), counted block by block while they are written."""
+    import dask
+    import dask.array as da
+    from spatialdata.models import Image2DModel
+
+    dtype = counter.dtype
+
+    def block(number: int) -> np.ndarray:
+        return counter.block(number, dtype).reshape(-1, *grid.shape)  # (genes in block, y, x)
+
+    parts = []
+    for number in range(counter.blocks):
+        count = min(COUNT_CHUNKS[0], len(genes) - number * COUNT_CHUNKS[0])
+        lazy = dask.delayed(block, pure=False)(number)
+        parts.append(da.from_delayed(lazy, (count, *grid.shape), dtype))
+    counts = da.concatenate(parts).rechunk(COUNT_CHUNKS)  # (genes, y, x)
+    return Image2DModel.parse(
+        counts, dims=("c", "y", "x"), c_coords=genes, transformations=affine(grid.bin_to_um)
+    )
+
+
+def tissue_labels(mask: np.ndarray, grid: Grid):
+    """The tissue mask (y, x): 1 in tissue."""
+    from spatialdata.models import Labels2DModel
+
+    return Labels2DModel.parse(mask.astype(np.uint8), dims=("y", "x"), transformations=affine(grid.bin_to_um))
+
+
+def spot_shapes(centres_um: np.ndarray, shape: str, size_um: float, names):
+    """Spots as circles, or squares as polygons; index: their names."""
+    import geopandas as gpd
+    import shapely
+    from spatialdata.models import ShapesModel
+    from spatialdata.transformations import Identity
+
+    x, y = np.asarray(centres_um, float).T
+    half = size_um / 2
+    if shape == "square":
+        frame = gpd.GeoDataFrame(geometry=shapely.box(x - half, y - half, x + half, y + half), index=names)
+    else:
+        frame = gpd.GeoDataFrame({"radius": half}, geometry=shapely.points(x, y), index=names)
+    return ShapesModel.parse(frame, transformations={UM: Identity()})
+
+
+def cell_shapes(outlines):
+    """Cells as polygons, or points with a radius; index: their names."""
+    from spatialdata.models import ShapesModel
+    from spatialdata.transformations import Identity
+
+    return ShapesModel.parse(outlines, transformations={UM: Identity()})
+
+
+def table(counts, element: str, centres_um: np.ndarray | None = None):
+    """A table that annotates an element, row by row, by the element's index.
+
+    Parameters
+    ----------
+    counts
+        AnnData (instances, genes) whose ``obs_names`` are the element's index.
+    element
+        What it annotates.
+    centres_um
+        (instances, 2), goes to ``obsm["spatial"]`` as other tools expect.
+    """
+    import pandas as pd
+    from spatialdata.models import TableModel
+
+    counts = counts.copy()
+    counts.obs[REGION] = pd.Categorical([element] * counts.n_obs)
+    counts.obs[INSTANCE] = counts.obs_names.to_numpy()
+    counts.uns.pop(TableModel.ATTRS_KEY, None)
+    if centres_um is not None:
+        counts.obsm["spatial"] = np.asarray(centres_um, float)
+    return TableModel.parse(counts, region=element, region_key=REGION, instance_key=INSTANCE)

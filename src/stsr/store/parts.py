@@ -1,0 +1,201 @@
+"""What a section holds, read when asked: spots, maps, masks and cells, all in um."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse as sp
+
+from stsr.errors import UsageError
+from stsr.geometry.grid import Grid
+from stsr.geometry.measurement import Measurement
+from stsr.store import discovery as foreign
+
+
+@dataclass(frozen=True)
+class Spots:
+    """Measured places.
+
+    Parameters
+    ----------
+    centres_um
+        (n, 2) x and y, um.
+    counts
+        (n, g) raw counts, csr float32.
+    genes
+        Names, g.
+    shape
+        ``"disc"`` or ``"square"``.
+    size_um
+        Diameter or side, um.
+    """
+
+    centres_um: np.ndarray
+    counts: sp.csr_matrix
+    genes: list[str]
+    shape: str
+    size_um: float
+
+    @property
+    def bounds_um(self) -> tuple[float, float, float, float]:
+        """(x0, y0, x1, y1) around all spots whole, um."""
+        reach = self.size_um / 2
+        (x0, y0), (x1, y1) = self.centres_um.min(0) - reach, self.centres_um.max(0) + reach
+        return float(x0), float(y0), float(x1), float(y1)
+
+    @cached_property
+    def pitch_um(self) -> float:
+        """Median distance to the nearest other spot, um; the size where there is one spot."""
+        return foreign.median_pitch(self.centres_um) or self.size_um
+
+    def measurement(self, grid: Grid) -> Measurement:
+        """Which part of each bin each spot sees."""
+        make = Measurement.discs if self.shape == "disc" else Measurement.squares
+        return make(grid, self.centres_um, self.size_um)
+
+    def select(self, genes: Sequence[str]) -> sp.csr_matrix:
+        """Counts (n, len(genes)) of these genes, 0 for genes that were not measured."""
+        place = {gene: number for number, gene in enumerate(self.genes)}
+        known = [(place[gene], column) for column, gene in enumerate(genes) if gene in place]
+        rows, columns = np.array(known, dtype=int).reshape(-1, 2).T
+        chosen = sp.csr_matrix(
+            (np.ones(len(rows), np.float32), (rows, columns)), (len(self.genes), len(genes))
+        )
+        return (self.counts @ chosen).tocsr()
+
+    def describe(self) -> dict:
+        """JSON-able summary."""
+        return {
+            "number": int(self.counts.shape[0]),
+            "genes": len(self.genes),
+            "gene_names": list(self.genes),
+            "counts": float(self.counts.sum(dtype=np.float64)),
+            "shape": self.shape,
+            "size_um": self.size_um,
+            "pitch_um": self.pitch_um,
+        }
+
+
+class HighRes:
+    """A map on disk: (gene, y, x) values per bin."""
+
+    def __init__(self, grid: Grid, genes: list[str], array):
+        self.grid = grid
+        self.genes = genes
+        self._array = array
+
+    def read(self, genes: Sequence[str] | None = None, window: Grid | None = None) -> np.ndarray:
+        """Values of some genes in a window.
+
+        Parameters
+        ----------
+        genes
+            Names in the wanted order; all by default.
+        window
+            A grid whose bins coincide with the map's; the whole map by default. Zeros where it sticks out.
+
+        Returns
+        -------
+        maps
+            (genes, height, width) in the stored type.
+
+        Raises
+        ------
+        UsageError
+            If a gene is not in the map.
+        ValueError
+            If the bins of the window do not coincide with the map's.
+        """
+        index = self._index(genes)
+        window = window or self.grid
+        row, column = self.grid.offset_of(window)
+        maps = np.zeros((len(index), *window.shape), dtype=self._array.dtype)
+        rows = slice(max(row, 0), min(row + window.height, self.grid.height))
+        columns = slice(max(column, 0), min(column + window.width, self.grid.width))
+        if rows.start >= rows.stop or columns.start >= columns.stop:
+            return maps
+        into = maps[:, rows.start - row : rows.stop - row, columns.start - column : columns.stop - column]
+        if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+            into[:] = self._array[index[0] : index[0] + len(index), rows, columns]
+        elif len(index):
+            into[:] = self._array.rows(index, rows, columns)
+        return maps
+
+    def total(self) -> float:
+        """Sum of all values, a block of genes at a time."""
+        step = self._array.chunks[0]
+        blocks = (self._array[start : start + step] for start in range(0, len(self.genes), step))
+        return float(sum(block.sum(dtype=np.float64) for block in blocks))
+
+    def describe(self) -> dict:
+        """JSON-able summary."""
+        return {
+            "bin_um": self.grid.bin_um,
+            "height": self.grid.height,
+            "width": self.grid.width,
+            "genes": len(self.genes),
+            "gene_names": list(self.genes),
+            "counts": self.total(),
+        }
+
+    def _index(self, genes: Sequence[str] | None) -> np.ndarray:
+        if genes is None:
+            return np.arange(len(self.genes))
+        place = {gene: number for number, gene in enumerate(self.genes)}
+        missing = [gene for gene in genes if gene not in place]
+        if missing:
+            raise UsageError(f"the map has no gene {', '.join(missing[:3])}; it has {len(self.genes)} others")
+        return np.array([place[gene] for gene in genes], dtype=int)
+
+
+class Mask:
+    """Labels with their place in um; 0 is outside."""
+
+    def __init__(self, labels, px_to_um: np.ndarray):
+        self._labels = labels
+        self._um_to_px = np.linalg.inv(px_to_um)
+
+    def read(self, grid: Grid) -> np.ndarray:
+        """Whether each bin's centre lies in the mask: (height, width) bool, False outside of the labels."""
+        (a, b, c), (d, e, f) = self._um_to_px[:2]
+        x, y = grid.centres_um()
+        columns = np.floor(a * x[None, :] + b * y[:, None] + c).astype(np.int64)
+        rows = np.floor(d * x[None, :] + e * y[:, None] + f).astype(np.int64)
+        height, width = self._labels.shape
+        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        mask = np.zeros(grid.shape, dtype=bool)
+        if inside.any():
+            top, left = rows[inside].min(), columns[inside].min()
+            part = self._labels[top : rows[inside].max() + 1, left : columns[inside].max() + 1]
+            mask[inside] = np.asarray(part)[rows[inside] - top, columns[inside] - left] > 0
+        return mask
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Segmented cells.
+
+    Parameters
+    ----------
+    geometry
+        GeoDataFrame of points (with ``radius``) or polygons, in um.
+    table
+        AnnData (cells, genes) in the same order, or None.
+    """
+
+    geometry: object
+    table: object
+
+    @cached_property
+    def centres_um(self) -> np.ndarray:
+        """(n, 2) x and y of the centroids, um."""
+        centroid = self.geometry.geometry.centroid
+        return np.stack([centroid.x.to_numpy(), centroid.y.to_numpy()], axis=1)
+
+    def describe(self) -> dict:
+        """JSON-able summary."""
+        genes = None if self.table is None else int(self.table.n_vars)
+        return {"number": len(self.geometry), "genes": genes}

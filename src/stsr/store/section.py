@@ -1,0 +1,264 @@
+"""A section as the verbs read it: image, spots, maps and cells in um, whoever wrote the store."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from stsr.errors import StsrError, UsageError
+from stsr.geometry.grid import LR_UM, Grid
+from stsr.histology.image import Image
+from stsr.store import catalogue as names
+from stsr.store import discovery as foreign
+from stsr.store.arrays import Stored
+from stsr.store.discovery import Frame
+from stsr.store.parts import Cells, HighRes, Mask, Spots
+
+
+def open_section(path, um_per_unit: float | None = None, coordinate_system: str | None = None) -> Section:
+    """A section store, ready to be read; nothing is loaded yet.
+
+    Parameters
+    ----------
+    path
+        A store by `stsr prepare`, or any SpatialData store.
+    um_per_unit, coordinate_system
+        The frame, where the store does not tell it. By default it is found; see `stsr.store.discovery.find_frame`.
+
+    Raises
+    ------
+    StsrError
+        If there is no SpatialData store at ``path``.
+    """
+    return Section(names.require_store(path), um_per_unit, coordinate_system)
+
+
+class Section:
+    """One tissue section. All coordinates are um: the frame's coordinate system times its um per unit."""
+
+    def __init__(self, path, um_per_unit: float | None = None, coordinate_system: str | None = None):
+        self.path = Path(path)
+        self._um_per_unit = um_per_unit
+        self._coordinate_system = coordinate_system
+
+    @property
+    def name(self) -> str:
+        """The store's name without its suffix."""
+        return self.path.name.removesuffix(".zarr")
+
+    @cached_property
+    def sdata(self):
+        """The `spatialdata.SpatialData`, lazy.
+
+        Raises
+        ------
+        StsrError
+            If spatialdata cannot read the store.
+        """
+        from spatialdata import read_zarr
+
+        try:
+            with names.quiet():
+                return read_zarr(self.path)
+        except Exception as error:  # spatialdata lets through whatever its many readers raise
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise StsrError(
+                f"{self.path} cannot be read ({reason}); restore it, or prepare it again with --overwrite"
+            ) from error
+
+    @cached_property
+    def frame(self) -> Frame:
+        """Coordinate system and um per unit.
+
+        Raises
+        ------
+        StsrError
+            If the um per unit cannot be found.
+        """
+        own = names.root_attributes(self.path).get(names.FRAME_KEY) or {}
+        system = self._coordinate_system or own.get("coordinate_system")
+        um_per_unit = self._um_per_unit or own.get("um_per_unit")
+        if system and um_per_unit:
+            return Frame(system, float(um_per_unit))
+        return foreign.find_frame(self.sdata, system, um_per_unit)
+
+    @property
+    def provenance(self) -> dict[str, dict]:
+        """How each element that stsr wrote was made."""
+        return names.provenance(self.path)
+
+    @property
+    def elements(self) -> dict[str, str]:
+        """{name: kind} of everything in the store."""
+        return names.elements(self.path)
+
+    @cached_property
+    def image(self) -> Image | None:
+        """The H&E: ``he``, or the finest three-channel image that lies in the frame; None if there is none."""
+        name = (
+            names.HE
+            if self.elements.get(names.HE) == "images"
+            else foreign.find_image(self.sdata, self.frame)
+        )
+        if name is None:
+            return None
+        return Image(self.arrays("images", name), self._to_um(self.sdata.images[name]))
+
+    @cached_property
+    def spots(self) -> Spots | None:
+        """The measured spots, or None."""
+        found = foreign.find_spots(self.sdata)
+        if found is None:
+            return None
+        shapes, table = found
+        geometry, rows = foreign.annotated(self.sdata, shapes, table)
+        centres, sizes, shape = foreign.outline(geometry, self._to_um(self.sdata.shapes[shapes]))
+        size = float(np.median(sizes)) if len(sizes) else LR_UM
+        if names.FRAME_KEY not in names.root_attributes(self.path):
+            size = foreign.true_size(centres, size, shape)
+        annotation = self.sdata.tables[table]
+        counts, genes = foreign.raw_counts(annotation, rows, self.path.name)
+        return Spots(centres, counts, genes, shape, size)
+
+    @cached_property
+    def hr(self) -> HighRes | None:
+        """The finest measured counts per bin, ``hr_*um``, or None."""
+        found = names.hr_elements(self.path)
+        return self.map(found[0]) if found else None
+
+    def map(self, element: str) -> HighRes:
+        """Any (gene, y, x) image of the store, such as ``superres_x10``.
+
+        Raises
+        ------
+        UsageError
+            If there is no such image.
+        StsrError
+            If its bins are not squares along the axes.
+        """
+        if self.elements.get(element) != "images":
+            images = [name for name, kind in self.elements.items() if kind == "images"]
+            raise UsageError(
+                f"{self.path.name} has no map {element!r}; it has: {', '.join(images) or 'no images'}"
+            )
+        _, genes = names.image_metadata(self.path, element)
+        array = self.arrays("images", element)[0]
+        to_um = self._to_um(self.sdata.images[element])
+        skew = max(abs(to_um[0, 1]), abs(to_um[1, 0]), abs(to_um[0, 0] - to_um[1, 1]))
+        if to_um[0, 0] <= 0 or skew > 1e-6 * abs(to_um[0, 0]):
+            raise StsrError(
+                f"{element!r} in {self.path.name} is no raster of square bins along the section's axes"
+            )
+        named = names.bin_um_of(element)
+        bin_um = named if named and abs(named - to_um[0, 0]) < 1e-3 * named else float(to_um[0, 0])
+        genes = genes or [str(number) for number in range(array.shape[0])]
+        return HighRes(Grid(float(to_um[0, 2]), float(to_um[1, 2]), bin_um, *array.shape[1:]), genes, array)
+
+    def arrays(self, kind: str, element: str) -> list[Stored]:
+        """An element's levels as arrays on disk, fine to coarse: dask's graph would cost more than a tile."""
+        levels, _ = names.image_metadata(self.path, element)
+        return [Stored(self.path / kind / element / level) for level in levels]
+
+    @cached_property
+    def tissue(self) -> Mask | None:
+        """Where tissue is, or None if nobody said."""
+        if self.elements.get(names.TISSUE) != "labels":
+            return None
+        return Mask(self.arrays("labels", names.TISSUE)[0], self._to_um(self.sdata.labels[names.TISSUE]))
+
+    @cached_property
+    def cells(self) -> Cells | None:
+        """The segmented cells with their table if they have one, or None."""
+        found = foreign.find_cells(self.sdata)
+        if found is None:
+            return None
+        shapes, table = found
+        to_um = self._to_um(self.sdata.shapes[shapes])
+        if table is None:
+            geometry, rows, annotation = self.sdata.shapes[shapes], None, None
+        else:
+            geometry, rows = foreign.annotated(self.sdata, shapes, table)
+            annotation = self.sdata.tables[table][rows]
+        return Cells(foreign.in_um(geometry, to_um), annotation)
+
+    @property
+    def extent_um(self) -> tuple[float, float, float, float]:
+        """(x0, y0, x1, y1) of the measured area, um: of the bins, else of the spots, else of the image.
+
+        Raises
+        ------
+        StsrError
+            If the section has none of them.
+        """
+        if self.hr is not None:
+            return self.hr.grid.bounds_um
+        if self.spots is not None:
+            return self.spots.bounds_um
+        if self.image is not None:
+            return self.image.bounds_um
+        raise StsrError(
+            f"{self.path.name} has neither spots nor an image; run: stsr prepare {self.path} --he IMAGE"
+        )
+
+    def grid(self, bin_um: float) -> Grid:
+        """The section's raster with bins of this size; the same area at every bin size.
+
+        Raises
+        ------
+        ValueError
+            If bins do not nest in 100 um.
+        StsrError
+            If the section has no area.
+        """
+        if self.hr is not None:
+            return Grid.covering(self.hr.grid.bounds_um, bin_um)
+        if self.spots is None:
+            return Grid.covering(self.extent_um, bin_um)
+        x0, y0, x1, y1 = self.spots.bounds_um
+        # Half of the space between spots belongs to the spots at the rim.
+        around = max(0.0, (min(self.spots.pitch_um, 2 * LR_UM) - self.spots.size_um) / 2)
+        return Grid.covering((x0 - around, y0 - around, x1 + around, y1 + around), bin_um)
+
+    def describe(self) -> dict:
+        """What `stsr info` prints, JSON-able; parts that the section lacks are None."""
+        extent = [round(value, 3) for value in self.extent_um]
+        return {
+            "path": str(self.path),
+            "coordinate_system": self.frame.name,
+            "um_per_unit": self.frame.um_per_unit,
+            "extent_um": extent,
+            "size_um": [round(extent[2] - extent[0], 3), round(extent[3] - extent[1], 3)],
+            "image": self._describe_image(),
+            "spots": None if self.spots is None else self.spots.describe(),
+            "hr": None if self.hr is None else self.hr.describe(),
+            "cells": None if self.cells is None else self.cells.describe(),
+            "image_overlap": self.image_overlap,
+            "elements": self.elements,
+            "provenance": self.provenance,
+        }
+
+    @cached_property
+    def image_overlap(self) -> float | None:
+        """Part (0..1) of the spots, or of the measured area where there are none, that lies in the image."""
+        if self.image is None or (self.spots is None and self.hr is None):
+            return None
+        if self.spots is not None:
+            inside = self.image.contains(*self.spots.centres_um.T)
+        else:
+            inside = self.image.covered(self.grid(LR_UM))
+        return float(np.mean(inside)) if inside.size else 0.0
+
+    def _describe_image(self) -> dict | None:
+        if self.image is None:
+            return None
+        return {
+            "um_per_px": self.image.um_per_px,
+            "height": self.image.height,
+            "width": self.image.width,
+            "bounds_um": list(self.image.bounds_um),
+        }
+
+    def _to_um(self, element) -> np.ndarray:
+        return foreign.affine(element, self.frame.name, self.frame.um_per_unit)

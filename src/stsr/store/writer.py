@@ -1,0 +1,285 @@
+"""Big maps written block by block into a store, in bounded memory, and published together when they are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from stsr.errors import StsrError
+from stsr.geometry.grid import Grid
+from stsr.store import catalogue as names
+from stsr.store import publishing
+from stsr.store.consolidated import consolidate
+from stsr.store.workspace import Workspace, disk_errors
+
+CHUNKS = (16, 256, 256)
+"""Genes, rows and columns of a chunk. Blocks on these borders are written without reading anything back."""
+_PYRAMID_BINS = 1024  # maps with a longer side get coarser levels until one fits in this
+_DONE = "done.jsonl"
+_DIGEST = "digest"
+
+
+class MapWriter:
+    """(gene, y, x) float32 images, filled in blocks and published when the ``with`` block ends well.
+
+    Blocks that a killed run of the same command (same outputs, genes, grid and provenance) finished are still there:
+    ask `is_done` before computing one, and call `mark_done` after writing it. When the block ends with an error or an
+    interruption everything is removed, unless ``keep`` was set to True before, which keeps finished blocks.
+
+    Parameters
+    ----------
+    path
+        An existing store.
+    elements
+        Names of the maps, published as one group: ``["superres_x10", "superres_x10_sd"]``.
+    genes
+        Channel names.
+    grid
+        The bins.
+    provenance
+        {element: {...}}, JSON-able. May be added to until the end through the attribute ``provenance``; what is given
+        here decides whether a killed run was the same command, so no times belong in it.
+    overwrite
+        Replace results of stsr of the same names.
+
+    Raises
+    ------
+    UsageError
+        If an element exists and ``overwrite`` is false, or has a name that cannot be an output's.
+    StsrError
+        If an element of that name was not made by stsr; if the store cannot be written to, the disk is full, or
+        another process writes the same output.
+    """
+
+    def __init__(
+        self,
+        path,
+        elements: Sequence[str],
+        genes: Sequence[str],
+        grid: Grid,
+        provenance: dict[str, dict] | None = None,
+        overwrite: bool = False,
+    ):
+        self.store = names.require_store(path)
+        self.elements = [names.check_name(element) for element in elements]
+        self.genes = [str(gene) for gene in genes]
+        self.grid = grid
+        self.provenance = {element: dict((provenance or {}).get(element, {})) for element in self.elements}
+        self.keep = False
+        self._overwrite = overwrite
+        self._work = Workspace(self.store, self.elements[0])
+        self._arrays: dict = {}
+        self._done: dict[str, object] = {}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(genes, rows, columns) of each map."""
+        return len(self.genes), *self.grid.shape
+
+    @property
+    def notes(self) -> dict[str, object]:
+        """What was given to `mark_done` for each finished block, those of a killed run included."""
+        return dict(self._done)
+
+    def __enter__(self) -> MapWriter:
+        with disk_errors(self.store):
+            self._work.__enter__()
+            self._work.keep = (self._work.path / _DIGEST).exists()  # a refusal costs no finished block
+            try:
+                publishing.recover(self.store, self._work)
+                names.check_free(self.store, self.elements, self._overwrite)
+                digest = self._digest()
+                if not self._resume(digest):
+                    self._work.keep = False
+                    self._work.wipe()
+                    self._allocate()
+                    (self._work.path / _DIGEST).write_text(digest)
+                self._open()
+            except BaseException:
+                self._work.close()
+                raise
+        return self
+
+    def write(self, element: str, genes: slice, rows: slice, columns: slice, values: np.ndarray) -> None:
+        """Fill a block: values (genes, rows, columns).
+
+        Raises
+        ------
+        StsrError
+            If the disk is full.
+        """
+        with disk_errors(self.store):
+            self._arrays[element][genes, rows, columns] = np.asarray(values, dtype=np.float32)
+
+    def read(self, element: str, genes: slice, rows: slice, columns: slice) -> np.ndarray:
+        """What has been written of a block (genes, rows, columns) float32, 0 where nothing has."""
+        return self._arrays[element][genes, rows, columns]
+
+    def is_done(self, block: str) -> bool:
+        """Whether a block of this name was finished, by this run or by a killed one of the same command."""
+        return block in self._done
+
+    def mark_done(self, block: str, note=None) -> None:
+        """Say that everything of a block has been written; ``note`` is any JSON-able remark to find in `notes`."""
+        with disk_errors(self.store), open(self._work.path / _DONE, "a") as file:
+            file.write(json.dumps([block, note]) + "\n")
+        self._done[block] = note
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if error is None:
+                with disk_errors(self.store):
+                    for element in self.elements:
+                        self._build_pyramid(element)
+                    consolidate(self._work.new)
+                    publishing.swap(self.store, self._work, self.provenance, self._overwrite)
+                self.keep = False
+        finally:
+            self._arrays = {}
+            self._work.keep = self.keep
+            self._work.close()
+
+    # -------------------------------------------------------------------------------------------- inside
+
+    def _digest(self) -> str:
+        what = [self.elements, self.genes, [float(value) for value in _corners(self.grid)], self.provenance]
+        return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _resume(self, digest: str) -> bool:
+        """Take up what a killed run of the same command left, if it is whole so far."""
+        file = self._work.path / _DIGEST
+        if not file.exists() or file.read_text() != digest:
+            return False
+        lines = (
+            (self._work.path / _DONE).read_text().splitlines() if (self._work.path / _DONE).exists() else []
+        )
+        for line in lines:
+            try:
+                block, note = json.loads(line)
+            except ValueError:  # the kill came in the middle of this line
+                continue
+            self._done[block] = note
+        whole = "".join(json.dumps(item) + "\n" for item in self._done.items())
+        (self._work.path / _DONE).write_text(whole)
+        return True
+
+    def _levels(self) -> list[tuple[int, int]]:
+        """(rows, columns) from fine to coarse."""
+        levels = [self.grid.shape]
+        while max(levels[-1]) > _PYRAMID_BINS:
+            levels.append(tuple(-(-side // 2) for side in levels[-1]))
+        return levels
+
+    def _allocate(self) -> None:
+        """Elements without data: spatialdata writes their metadata for a tiny image, then arrays and sizes grow."""
+        version = names.zarr_format(self.store)
+        levels = self._levels()
+        publishing.write_elements(
+            self._work.new, {name: self._tiny(len(levels)) for name in self.elements}, version
+        )
+        for element in self.elements:
+            folder = self._work.new / "images" / element
+            paths, _ = names.image_metadata(self._work.new, element)
+            for level, path in zip(levels, paths, strict=True):
+                shutil.rmtree(folder / path)
+                _allocate_array(folder, path, (len(self.genes), *level), version)
+            _describe(folder, self.genes, levels)
+
+    def _tiny(self, levels: int):
+        """An image of one channel with the right transformation and number of levels."""
+        from spatialdata.models import Image2DModel
+        from spatialdata.transformations import Affine
+
+        from stsr.store.section import open_section
+
+        frame = open_section(self.store).frame
+        matrix = np.diag([1 / frame.um_per_unit, 1 / frame.um_per_unit, 1.0]) @ self.grid.bin_to_um
+        side = 2**levels
+        with names.quiet():
+            return Image2DModel.parse(
+                np.zeros((1, side, side), np.float32),
+                dims=("c", "y", "x"),
+                c_coords=["gene"],
+                scale_factors=[2] * (levels - 1) or None,
+                transformations={frame.name: Affine(matrix, ("x", "y"), ("x", "y"))},
+            )
+
+    def _open(self) -> None:
+        import zarr
+
+        for element in self.elements:
+            paths, _ = names.image_metadata(self._work.new, element)
+            self._arrays[element] = zarr.open_array(self._work.new / "images" / element / paths[0], mode="r+")
+
+    def _build_pyramid(self, element: str) -> None:
+        """Coarser levels as means of 2 x 2 bins, a row of chunks at a time."""
+        import zarr
+
+        folder = self._work.new / "images" / element
+        paths, _ = names.image_metadata(self._work.new, element)
+        for fine_path, coarse_path in pairwise(paths):
+            fine, coarse = (
+                zarr.open_array(folder / fine_path, mode="r"),
+                zarr.open_array(folder / coarse_path, mode="r+"),
+            )
+            for gene in range(0, coarse.shape[0], CHUNKS[0]):
+                for row in range(0, coarse.shape[1], CHUNKS[1]):
+                    genes, rows = (
+                        slice(gene, gene + CHUNKS[0]),
+                        slice(row, min(row + CHUNKS[1], coarse.shape[1])),
+                    )
+                    coarse[genes, rows] = _halve(fine[genes, 2 * rows.start : 2 * rows.stop])
+
+
+def _corners(grid: Grid) -> tuple:
+    return (*grid.bounds_um, grid.bin_um, grid.height, grid.width)
+
+
+def _halve(values: np.ndarray) -> np.ndarray:
+    """Means of 2 x 2 bins: (g, y, x) -> (g, ceil(y / 2), ceil(x / 2)), the edge repeated at odd sizes."""
+    values = np.pad(values, ((0, 0), (0, values.shape[1] % 2), (0, values.shape[2] % 2)), mode="edge")
+    return (values[:, ::2, ::2] + values[:, 1::2, ::2] + values[:, ::2, 1::2] + values[:, 1::2, 1::2]) / 4
+
+
+def _allocate_array(folder: Path, name: str, shape: tuple[int, int, int], version: int) -> None:
+    """An empty float32 array whose missing chunks read as 0; zstd after a byte shuffle is small and quick on floats."""
+    import zarr
+
+    chunks = tuple(min(chunk, size) for chunk, size in zip(CHUNKS, shape, strict=True))
+    common = {"shape": shape, "chunks": chunks, "dtype": "float32", "fill_value": 0.0, "overwrite": True}
+    if version == 2:
+        from numcodecs import Blosc
+
+        encoding = {"name": "v2", "separator": "/"}
+        codec = Blosc("zstd", clevel=1, shuffle=Blosc.SHUFFLE)
+        zarr.create_array(
+            folder / name, zarr_format=2, compressors=codec, chunk_key_encoding=encoding, **common
+        )
+    else:
+        codec = zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="shuffle")
+        zarr.create_array(folder / name, compressors=codec, dimension_names=("c", "y", "x"), **common)
+
+
+def _describe(folder: Path, genes: list[str], levels: list[tuple[int, int]]) -> None:
+    """Put gene names and the real sizes of the levels into the OME metadata that a tiny image came with."""
+    file = folder / (".zattrs" if (folder / ".zattrs").exists() else "zarr.json")
+    whole = json.loads(file.read_text())
+    attributes = whole if file.name == ".zattrs" else whole["attributes"]
+    ome = attributes.get("ome", attributes)
+    if "multiscales" not in ome:
+        raise StsrError(
+            "this version of spatialdata writes images in a way stsr does not know; install spatialdata 0.7"
+        )
+    ome["omero"]["channels"] = [{"label": gene} for gene in genes]
+    (height, width) = levels[0]
+    for dataset, (rows, columns) in zip(ome["multiscales"][0]["datasets"], levels, strict=True):
+        dataset["coordinateTransformations"] = [
+            {"type": "scale", "scale": [1.0, height / rows, width / columns]}
+        ]
+    file.write_text(json.dumps(whole))

@@ -1,0 +1,1 @@
+"""What users type: one folder for each command."""

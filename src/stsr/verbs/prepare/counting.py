@@ -1,0 +1,208 @@
+"""From a stream of transcripts to counts per bin, the tissue, and the spots that would have been measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+
+from stsr.errors import StsrError, UsageError
+from stsr.geometry.grid import LR_UM, Grid, bins_per_lr
+from stsr.geometry.measurement import VISIUM_SPOT_UM, Measurement, hexagonal_lattice
+from stsr.histology import tissue
+from stsr.platforms.source import Spots, Transcripts
+from stsr.verbs.prepare.binning import Counter
+
+SPOT_KINDS = ("square", "visium")
+_LOCATE_UM = 10.0  # fine enough that the nearest lattice point of a bin is that of every transcript in a disc
+_IN_TISSUE = 0.25  # of a spot's area; Visium too counts spots at the rim that tissue covers in part
+_TOUCH_UM = 1e-3  # so that the last transcript is inside, not on the far edge
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one pass over the transcripts gives.
+
+    Parameters
+    ----------
+    grid
+        The bins.
+    counter
+        Counts of genes per bin.
+    mask
+        Tissue (height, width) bool.
+    spots
+        Simulated spots in tissue, with integer counts; None if not asked for.
+    kept, low_quality, other
+        Numbers of transcripts: counted, dropped for quality, dropped as controls or genes not asked for.
+    """
+
+    grid: Grid
+    counter: Counter
+    mask: np.ndarray
+    spots: Spots | None
+    kept: int
+    low_quality: int
+    other: int
+
+
+def grid_over(bounds_um: tuple[float, float, float, float], bin_um: float) -> Grid:
+    """The grid that covers bounds, from the last whole bin before them: bins of all sections lie at multiples."""
+    x0, y0, x1, y1 = bounds_um
+    corner = float(np.floor(x0 / bin_um) * bin_um), float(np.floor(y0 / bin_um) * bin_um)
+    return Grid.covering((*corner, x1 + _TOUCH_UM, y1 + _TOUCH_UM), bin_um)
+
+
+def count(
+    transcripts: Transcripts,
+    genes: list[str],
+    bin_um: float,
+    spots: str | None = "square",
+    progress: Callable[[str, float], None] | None = None,
+) -> Counted:
+    """Count transcripts per bin and per simulated spot, in one pass and bounded memory.
+
+    Parameters
+    ----------
+    transcripts
+        The stream.
+    genes
+        Panel: what the stream's gene indices mean.
+    bin_um
+        Bin size; must nest in 100 um.
+    spots
+        ``"square"`` (100 um side by side), ``"visium"`` (55 um discs, hexagonal, 100 um apart) or None.
+    progress
+        Called with a stage and the part that is done.
+
+    Raises
+    ------
+    UsageError
+        If the section has more bins than can be counted in.
+    StsrError
+        If no transcript passes the filters or no tissue is found.
+    """
+    grid = _grid(transcripts, bin_um)
+    try:
+        counter = Counter(len(genes), grid.height * grid.width)
+    except ValueError:
+        raise UsageError(
+            f"bins of {bin_um:g} um are too many on this section; choose larger ones with --bin-um"
+        ) from None
+    discs = _Discs(grid, len(genes)) if spots == "visium" else None
+    read = low = other = 0
+    for chunk in transcripts.chunks():
+        rows, columns, inside = grid.rows_columns(chunk.x_um, chunk.y_um)
+        bins = rows * grid.width + columns
+        if not inside.all():
+            raise StsrError(
+                "transcripts lie outside their own bounds; the file's statistics are wrong, write it anew"
+            )
+        counter.add(chunk.gene, bins)
+        if discs is not None:
+            discs.add(chunk)
+        low, other = low + chunk.low_quality, other + chunk.other
+        read += len(bins) + chunk.low_quality + chunk.other
+        if progress and transcripts.rows:
+            progress("counting transcripts", read / transcripts.rows)
+    kept = int(counter.per_gene.sum())
+    if not kept:
+        raise StsrError(
+            f"no transcript of a gene is left of {read}; lower the least quality or choose other genes"
+        )
+    mask = tissue.from_density(counter.per_place.reshape(grid.shape), grid, transcripts.apart_um)
+    if not mask.any():
+        raise StsrError(
+            f"no tissue found: {kept} transcripts lie too thinly over {grid.width * bin_um:g} x "
+            f"{grid.height * bin_um:g} um; check that the file of transcripts is whole"
+        )
+    simulated = (
+        discs.spots(grid, mask, genes) if discs else _squares(grid, counter, mask, genes) if spots else None
+    )
+    return Counted(grid, counter, mask, simulated, kept, low, other)
+
+
+def _grid(transcripts: Transcripts, bin_um: float) -> Grid:
+    if transcripts.bin_um is None:
+        return grid_over(transcripts.bounds_um, bin_um)
+    if bin_um % transcripts.bin_um > 1e-6:
+        raise StsrError(
+            f"the section holds counts in bins of {transcripts.bin_um:g} um, which do not add up to {bin_um:g} um; "
+            f"choose a multiple with --bin-um"
+        )
+    return Grid.covering((*transcripts.corner_um, *transcripts.bounds_um[2:]), bin_um)
+
+
+class _Discs:
+    """Visium's spots over a grid, counting the transcripts that lie in each."""
+
+    def __init__(self, grid: Grid, genes: int):
+        self.centres_um = hexagonal_lattice(grid.bounds_um)
+        if not len(self.centres_um):
+            raise StsrError("the section is smaller than a Visium spot; use --spots square")
+        self.grid = grid.at(_LOCATE_UM)
+        # Which spot is nearest needs no matrix, and the matrix of a whole slide's discs takes a while.
+        no_matrix = sp.csr_matrix((len(self.centres_um), self.grid.height * self.grid.width))
+        nearest = Measurement(self.grid, no_matrix, self.centres_um).nearest
+        self.nearest = nearest.ravel().astype(np.int32)
+        self.counter = Counter(genes, len(self.centres_um))
+
+    def add(self, chunk) -> None:
+        spot = self._spot_at(chunk.x_um, chunk.y_um)
+        self.counter.add(chunk.gene[spot >= 0], spot[spot >= 0])
+
+    def spots(self, grid: Grid, mask: np.ndarray, genes: list[str]) -> Spots:
+        x, y = grid.centres_um()
+        spot = self._spot_at(*(axis.ravel() for axis in np.meshgrid(x, y)))
+        keep = _in_tissue(spot, mask, len(self.centres_um))
+        counts = _gather(self.counter.block(number)[:, keep] for number in range(self.counter.blocks))
+        return _spots(self.centres_um[keep], "disc", VISIUM_SPOT_UM, counts, genes)
+
+    def _spot_at(self, x_um: np.ndarray, y_um: np.ndarray) -> np.ndarray:
+        """Index of the spot that each point lies in, -1 for none."""
+        rows, columns, _ = self.grid.rows_columns(x_um, y_um)
+        spot = self.nearest[rows * self.grid.width + columns]
+        centres = self.centres_um[spot]  # (n, 2); of any spot where there is none
+        inside = (x_um - centres[:, 0]) ** 2 + (y_um - centres[:, 1]) ** 2 <= (VISIUM_SPOT_UM / 2) ** 2
+        return np.where(inside, spot, -1)
+
+
+def _squares(grid: Grid, counter: Counter, mask: np.ndarray, genes: list[str]) -> Spots:
+    """Squares of 100 um: sums of bins."""
+    coarse, per_lr = grid.at(LR_UM), bins_per_lr(grid.bin_um)
+    rows, columns = np.indices(grid.shape, dtype=np.int32)
+    square = ((rows // per_lr) * coarse.width + columns // per_lr).ravel()
+    number_of = coarse.height * coarse.width
+    keep = _in_tissue(square, mask, number_of)
+    blocks = (counter.grouped(number, square, number_of) for number in range(counter.blocks))
+    centres_um = np.stack(np.meshgrid(*coarse.centres_um()), axis=-1).reshape(-1, 2)
+    return _spots(centres_um[keep], "square", LR_UM, _gather(block[:, keep] for block in blocks), genes)
+
+
+def _in_tissue(spot: np.ndarray, mask: np.ndarray, spots: int) -> np.ndarray:
+    """Spots that tissue covers enough of, from the spot of each bin (bins,), -1 for none."""
+    seen = spot >= 0
+    area = np.bincount(spot[seen], minlength=spots)
+    covered = np.bincount(spot[seen & mask.ravel()], minlength=spots)
+    keep = np.flatnonzero((covered >= _IN_TISSUE * area) & (covered > 0))
+    if not len(keep):
+        raise StsrError("no simulated spot lies in tissue; the section is too small, use --spots square")
+    return keep
+
+
+def _gather(blocks: Iterable[np.ndarray]) -> sp.csr_matrix:
+    """Counts (spots, genes) from blocks (genes in block, spots)."""
+    return sp.hstack([sp.csc_matrix(block.T) for block in blocks], format="csr", dtype=np.int32)
+
+
+def _spots(
+    centres_um: np.ndarray, shape: str, size_um: float, counts: sp.csr_matrix, genes: list[str]
+) -> Spots:
+    import anndata
+    import pandas as pd
+
+    names = [f"spot_{number}" for number in range(len(centres_um))]
+    table = anndata.AnnData(counts, obs=pd.DataFrame(index=names), var=pd.DataFrame(index=genes))
+    return Spots(centres_um, shape, size_um, table, "simulated")

@@ -1,0 +1,164 @@
+"""Fine registration: a vendor's alignment fits the H&E to 10-40 um; transcripts tell the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import fft, ndimage
+
+from stsr.geometry.grid import Grid
+
+_BLOCK_UM = 450.0  # side of the blocks whose shifts are measured: some hundred nuclei
+_REACH_UM = 70.0  # largest shift looked for; a worse alignment is wrong, not coarse
+_DETAIL_UM = 60.0  # structure larger than this says nothing about shifts of 10 um
+_SMOOTH_UM = 8.0  # transcripts lie around nuclei, not on them
+_LEAST_BLOCKS = 8  # an affine has six numbers
+_LEAST_CORRELATION = 0.15  # of a block at its best shift, to count
+_ROUNDS = 3
+_OUTLIER_UM = 7.0
+_GAIN = 0.01  # of the correlation, below which the vendor's alignment stays
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What fine registration found.
+
+    Parameters
+    ----------
+    px_to_um
+        The alignment to use (3, 3): the refined one, or the given one where nothing better was found.
+    applied
+        Whether it is another than the given one.
+    shift_um
+        Root mean square distance by which it moves the section.
+    correlation_before, correlation_after
+        Of fine structure in staining and counts, with the given and the refined alignment.
+    blocks
+        Number of blocks that told a shift.
+    """
+
+    px_to_um: np.ndarray
+    applied: bool
+    shift_um: float
+    correlation_before: float
+    correlation_after: float
+    blocks: int
+
+
+def refine(draw, px_to_um: np.ndarray, density: np.ndarray, grid: Grid) -> Refinement:
+    """Correct an alignment by a small affine, so that dark nuclei and transcripts fall together.
+
+    Local shifts are peaks of the cross-correlation of blocks; a robust affine is fitted to them, and the whole is
+    repeated. Expression of single genes plays no part, only where there are counts.
+
+    Parameters
+    ----------
+    draw
+        ``(px_to_um, grid) -> (3, height, width) uint8``: the image on the grid under some alignment.
+    px_to_um
+        The given alignment (3, 3).
+    density
+        Counts of all genes per bin (height, width).
+    grid
+        The bins, 20 um or finer.
+    """
+    tissue = (
+        ndimage.gaussian_filter(density.astype(np.float64), _DETAIL_UM / grid.bin_um) > 0.05 * density.mean()
+    )
+    target = _detail(
+        ndimage.gaussian_filter(np.sqrt(density.astype(np.float64)), _SMOOTH_UM / grid.bin_um), grid
+    )
+    before = correlation = _agreement(_stain(draw(px_to_um, grid), grid), target, tissue)
+    best, used = px_to_um, 0
+    current = px_to_um
+    for _ in range(_ROUNDS):
+        shifts = _block_shifts(_stain(draw(current, grid), grid), target, tissue, grid)
+        if len(shifts) < _LEAST_BLOCKS:
+            break
+        current = _moved(shifts) @ current
+        now = _agreement(_stain(draw(current, grid), grid), target, tissue)
+        if now > correlation:
+            best, correlation, used = current, now, len(shifts)
+    if correlation < before + _GAIN:
+        return Refinement(px_to_um, False, 0.0, before, before, used)
+    return Refinement(best, True, _distance(px_to_um, best, grid), before, correlation, used)
+
+
+def _stain(rgb: np.ndarray, grid: Grid) -> np.ndarray:
+    """Fine structure of the optical density in red (height, width): haematoxylin absorbs there, eosin hardly."""
+    return _detail(-np.log(np.clip(rgb[0].astype(np.float64), 5, 255) / 255), grid)
+
+
+def _detail(values: np.ndarray, grid: Grid) -> np.ndarray:
+    return values - ndimage.gaussian_filter(values, _DETAIL_UM / grid.bin_um)
+
+
+def _agreement(stain: np.ndarray, target: np.ndarray, tissue: np.ndarray) -> float:
+    return float(np.corrcoef(stain[tissue], target[tissue])[0, 1])
+
+
+def _block_shifts(stain: np.ndarray, target: np.ndarray, tissue: np.ndarray, grid: Grid) -> np.ndarray:
+    """(n, 5): x, y of blocks in um, the shift (um) that brings the stain onto the counts, and its correlation."""
+    side, reach = round(_BLOCK_UM / grid.bin_um), round(_REACH_UM / grid.bin_um)
+    found = []
+    for row in range(0, grid.height - side + 1, max(1, side // 2)):
+        for column in range(0, grid.width - side + 1, max(1, side // 2)):
+            window = slice(row, row + side), slice(column, column + side)
+            if tissue[window].mean() < 0.7:
+                continue
+            peak = _peak(stain[window], target[window], reach)
+            if peak is None or peak[2] < _LEAST_CORRELATION:
+                continue
+            x = grid.x0_um + (column + side / 2) * grid.bin_um
+            y = grid.y0_um + (row + side / 2) * grid.bin_um
+            found.append((x, y, peak[0] * grid.bin_um, peak[1] * grid.bin_um, peak[2]))
+    return np.array(found).reshape(-1, 5)
+
+
+def _peak(stain: np.ndarray, target: np.ndarray, reach: int) -> tuple[float, float, float] | None:
+    """Shift (x, y) in bins, to a fraction, at which two blocks agree best, and their correlation there."""
+    ramp = np.hanning(len(stain) + 2)[1:-1]
+    weight = ramp[:, None] * ramp[None, :]
+    a, b = ((block - np.average(block, weights=weight)) * weight for block in (stain, target))
+    size = 2 * len(stain)
+    cross = fft.irfft2(np.conj(fft.rfft2(a, (size, size))) * fft.rfft2(b, (size, size)), (size, size))
+    cross = np.roll(cross, (reach, reach), (0, 1))[: 2 * reach + 1, : 2 * reach + 1]
+    cross /= np.linalg.norm(a) * np.linalg.norm(b) + 1e-12
+    row, column = np.unravel_index(cross.argmax(), cross.shape)
+    if not (0 < row < 2 * reach and 0 < column < 2 * reach):
+        return None  # the best lies on the border: no peak
+    dy = row - reach + _vertex(*cross[row - 1 : row + 2, column])
+    dx = column - reach + _vertex(*cross[row, column - 1 : column + 2])
+    return float(dx), float(dy), float(cross[row, column])
+
+
+def _vertex(left: float, middle: float, right: float) -> float:
+    """Where the parabola through three neighbours has its top, from the middle one."""
+    return 0.5 * (left - right) / (left - 2 * middle + right - 1e-12)
+
+
+def _moved(shifts: np.ndarray) -> np.ndarray:
+    """Affine um -> um (3, 3) fitted to shifts by iteratively reweighted least squares (Cauchy weights)."""
+    x, y, dx, dy, correlation = shifts.T
+    centre = np.array([x.mean(), y.mean()])
+    terms = np.stack([x - centre[0], y - centre[1], np.ones_like(x)], 1)  # (n, 3)
+    weight = start = correlation**2
+    for _ in range(20):
+        root = np.sqrt(weight)[:, None]
+        fitted = np.linalg.lstsq(terms * root, np.stack([dx, dy], 1) * root, rcond=None)[0]  # (3, 2)
+        residual = np.linalg.norm(terms @ fitted - np.stack([dx, dy], 1), axis=1)
+        weight = start / (1 + (residual / _OUTLIER_UM) ** 2)
+    move = np.eye(3)
+    move[:2, :2] += fitted[:2].T
+    move[:2, 2] = fitted[2] - fitted[:2].T @ centre
+    return move
+
+
+def _distance(old: np.ndarray, new: np.ndarray, grid: Grid) -> float:
+    x, y = grid.at(grid.bin_um).centres_um()
+    points = np.stack(
+        [*(axis.ravel() for axis in np.meshgrid(x[::10], y[::10])), np.ones(len(x[::10]) * len(y[::10]))]
+    )
+    moved = new @ np.linalg.inv(old) @ points
+    return float(np.sqrt(((moved - points)[:2] ** 2).sum(0).mean()))

@@ -1,0 +1,193 @@
+"""superres(): from a section's spots and image to maps of genes in its store."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stsr.device import resolve_device
+from stsr.errors import UsageError
+from stsr.signals import Interrupted, interruptible
+from stsr.store import catalogue as names
+from stsr.store.section import Section, open_section
+from stsr.store.workspace import Workspace, disk_errors
+from stsr.verbs.superres.job import check_included, configure_sampling, load, make_task
+from stsr.verbs.superres.loop import Progress, Run
+
+
+@dataclass(frozen=True)
+class Superres:
+    """What `superres` wrote.
+
+    Attributes
+    ----------
+    store
+        The section's store.
+    element, spread
+        Names of the map and of the spread over samples (None for a single sample).
+    genes
+        Number of genes.
+    consistency_error
+        Largest relative error of a gene between the map added up over the spots and the measured counts; None
+        without spots.
+    seconds
+        Time it took.
+    notes
+        What the user should know.
+    """
+
+    store: Path
+    element: str
+    spread: str | None
+    genes: int
+    consistency_error: float | None
+    seconds: float
+    notes: list[str]
+
+
+def superres(
+    store: str | Path,
+    *,
+    scale: float = 10,
+    genes: Sequence[str] | None = None,
+    including: Sequence[str] = (),
+    model: str | Path | None = None,
+    method: str | None = None,
+    samples: int | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
+    use_lr: bool = True,
+    consistency: bool = True,
+    region: tuple[float, float, float, float] | None = None,
+    name: str | None = None,
+    output: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Superres:
+    """Super-resolve a section and write the maps into its store.
+
+    Parameters
+    ----------
+    store
+        Any section with an image: by `stsr.prepare`, or any SpatialData store.
+    scale
+        100 um / bin size: 10 gives bins of 10 um, 5 of 20 um. Coarser scales are sums of the model's own bins.
+    genes
+        Names, comma lists, ``@file`` or ``all``; by default the model's genes that were measured.
+    including
+        Genes that a caller will look for in the map, to draw them for one: refused before the work if not among them.
+    model
+        A checkpoint; the packaged default model if neither it nor ``method`` is given.
+    method
+        A method that needs no training (``bicubic``, ``bilinear``) instead of a model.
+    samples
+        Draws of a diffusion model. With more than one their spread is written beside the map.
+    steps, sampler, guidance
+        How a diffusion model is sampled.
+    use_lr
+        False predicts from the image alone.
+    consistency
+        Whether the map is made to add up to the measured counts.
+    region
+        (x0, y0, x1, y1), um: only the low-resolution pixels that meet it.
+    name
+        Name of the element; ``superres_x{scale}`` by default.
+    output
+        Another store: a copy of the section with the result. The section itself by default.
+    seed
+        The same seed gives the same maps, however the work is cut.
+    device
+        ``auto``, ``cpu``, ``cuda[:n]`` or ``mps``.
+    overwrite
+        Replace earlier results of that name.
+    progress
+        Called with (done, total, label).
+    report
+        Called with lines for the user: the estimate of time and memory, remarks.
+
+    Raises
+    ------
+    UsageError
+        For what this section or model cannot give: an unknown gene, a scale that does not nest, spots that are not
+        there.
+    StsrError
+        For a section without what the model needs, a damaged model, a store that cannot be written to.
+    """
+    began = time.monotonic()
+    section = open_section(store)
+    _check_output(section, output)
+    loaded = load(model, method, section, use_lr, resolve_device(device))
+    configure_sampling(loaded.method, steps, sampler, guidance)
+    task = make_task(section, loaded, scale, genes, samples, use_lr, consistency, region, name, seed)
+    check_included(including, task.genes)
+    for note in task.notes:
+        (report or _nothing)(note)
+    with interruptible() as interruption, _destination(section, output) as target:
+        task = replace(task, section=target)
+        run = Run(task, overwrite, progress or _nothing, report or _nothing, interruption)
+        error = run.write()
+    return Superres(
+        target.path, task.element, task.spread, len(task.genes), error, time.monotonic() - began, task.notes
+    )
+
+
+def _check_output(section: Section, output) -> None:
+    """Refuse a copy where something else is, before any work."""
+    if output is None or Path(output).resolve() == section.path:
+        return
+    target = Path(output).resolve()
+    if target.is_relative_to(section.path):
+        raise UsageError(f"{output} lies inside {section.path.name}; choose another --output")
+    if not target.parent.is_dir():
+        raise UsageError(f"there is no folder {target.parent}; make it, or choose another --output")
+    if not os.path.lexists(target):
+        return
+    if not names.is_store(target):
+        raise UsageError(f"{output} exists and is no section store; choose another --output")
+    if _measured(target) != _measured(section.path):
+        raise UsageError(
+            f"{output} exists and is another section than {section.path.name}; choose another --output"
+        )
+
+
+def _measured(store: Path) -> dict:
+    """What tells a section: its elements that are no result, with their provenance and attributes."""
+    made = names.provenance(store)
+    kept = [name for name in names.elements(store) if not names.is_result(made.get(name, {}))]
+    return {name: (made.get(name), names.element_attributes(store, name)) for name in kept}
+
+
+@contextmanager
+def _destination(section: Section, output) -> Iterator[Section]:
+    """The section to write into: itself, or a copy, which goes again if the run fails before it had a map."""
+    if output is None or Path(output).resolve() == section.path:
+        yield section
+        return
+    target = Path(output).resolve()
+    fresh = not target.exists()  # else an earlier run's copy; its maps are guarded by --overwrite
+    if fresh:
+        with disk_errors(target), Workspace(target, "copy") as work:
+            work.wipe()
+            shutil.copytree(section.path, work.new)
+            os.rename(work.new, target)
+    try:
+        yield open_section(target)
+    except (Interrupted, KeyboardInterrupt, SystemExit):
+        raise  # the same command goes on in the copy
+    except BaseException:
+        if fresh:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+def _nothing(*_) -> None:
+    return None

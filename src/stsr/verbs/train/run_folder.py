@@ -1,0 +1,252 @@
+"""A run: the folder beside a model in which its training is logged and saved, so that it can go on after a kill."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from stsr.checkpoint import read_tensors, write_tensors
+from stsr.errors import StsrError, UsageError
+from stsr.methods.method import Method
+from stsr.store.workspace import disk_errors
+
+
+@dataclass
+class State:
+    """Everything that training needs to go on as if it had never stopped.
+
+    Random numbers need no state: every step draws from the seed and its own number.
+
+    Attributes
+    ----------
+    method, ema
+        The network in training, and the running mean of its weights.
+    optimizer
+        AdamW.
+    step
+        Steps done.
+    best, best_step, best_weights
+        Least validation loss so far, where it was, and the running mean there.
+    pending
+        Sums of the loss's terms since the last line of the log, and under ``"steps"`` of how many.
+    seconds
+        Time spent so far.
+    """
+
+    method: Method
+    ema: Method
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    pending: dict[str, torch.Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all."""
+        tensors = {f"best/{key}": tensor for key, tensor in self.best_weights.items()}
+        for part, module in (("method", self.method), ("ema", self.ema)):
+            tensors |= {f"{part}/{key}": tensor for key, tensor in module.state_dict().items()}
+        for key, parameter in self.method.named_parameters():
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{name}/{key}"] = value
+        header = {
+            "step": self.step,
+            "best": self.best,
+            "best_step": self.best_step,
+            "pending": {key: float(value) for key, value in self.pending.items()},
+            "seconds": self.seconds,
+        }
+        write_tensors(path, tensors, header)
+
+    def restore(self, path: Path) -> None:
+        """Take over what `save` wrote.
+
+        Raises
+        ------
+        StsrError
+            If the file is damaged or belongs to another method.
+        """
+        header, tensors = read_tensors(path)
+        parts: dict[str, dict[str, torch.Tensor]] = {"best": {}, "method": {}, "ema": {}, "optimizer": {}}
+        for key, tensor in tensors.items():
+            part, _, rest = key.partition("/")
+            parts.setdefault(part, {})[rest] = tensor
+        try:
+            self.method.load_state_dict(parts["method"])
+            self.ema.load_state_dict(parts["ema"])
+            device = self.method.reference.device
+            self.best_weights = {key: tensor.to(device) for key, tensor in parts["best"].items()}
+            parameters = dict(self.method.named_parameters())
+            for key, tensor in parts["optimizer"].items():
+                name, _, of = key.partition("/")
+                # Moments take the memory layout of their parameter; AdamW counts its steps on the CPU.
+                like = torch.empty_like(parameters[of]) if name != "step" else torch.empty_like(tensor)
+                self.optimizer.state[parameters[of]][name] = like.copy_(tensor)
+            self.step, self.best, self.best_step = header["step"], header["best"], header["best_step"]
+            self.pending = {
+                key: torch.tensor(value, device=device) for key, value in header["pending"].items()
+            }
+            self.seconds = header["seconds"]
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise StsrError(f"{path} does not fit this training; start anew with --overwrite") from error
+
+
+class Run:
+    """The folder: ``config.json``, ``log.jsonl`` and, until it is finished, ``state.safetensors``.
+
+    Parameters
+    ----------
+    output
+        The model; the folder is ``<its stem>.run`` beside it.
+    """
+
+    def __init__(self, output: Path):
+        self.output = output
+        self.path = output.with_suffix(".run")
+        self.log_path = self.path / "log.jsonl"
+        self.state_path = self.path / "state.safetensors"
+        self._config_path = self.path / "config.json"
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """One process at a time.
+
+        Raises
+        ------
+        StsrError
+            If another one is at it, or the place cannot be written to.
+        """
+        fresh = not self.path.exists()
+        try:
+            with disk_errors(self.output):
+                self.path.mkdir(parents=True, exist_ok=True)
+                handle = open(self.path / "lock", "w")  # noqa: SIM115 - closed below, after the work
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UsageError(
+                f"{self.path} cannot be made, as a file is in its way; move that or give another --output"
+            ) from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StsrError(f"another stsr is training {self.output}; wait until it is done") from None
+            except OSError:
+                pass  # a file system without locks
+            try:
+                yield
+            except BaseException:
+                if fresh and not self.state_path.exists():  # nothing in it to go on from
+                    shutil.rmtree(self.path, ignore_errors=True)
+                raise
+
+    def check(self, settings: dict | None, overwrite: bool) -> bool:
+        """Whether to go on (True) or to begin (False).
+
+        Parameters
+        ----------
+        settings
+            All that the result depends on; None if that is not known yet, which checks only what needs no data.
+        overwrite
+            Whether a finished model or another run may be replaced.
+
+        Raises
+        ------
+        UsageError
+            If something is in the way.
+        """
+        record = self._record()
+        if record is None or record.get("finished"):
+            if self.output.exists() and not overwrite:
+                known = record is not None and settings == record.get("settings")
+                state = "is trained already, with these settings" if known else "exists"
+                if settings is None and record is not None:
+                    return False  # the data tells whether it is the same; refused then
+                raise UsageError(
+                    f"{self.output} {state}; add --overwrite to train it anew or give another --output"
+                )
+            return False
+        if settings is None or (overwrite and settings != record.get("settings")):
+            return False
+        if settings != record.get("settings"):
+            other = _differences(record.get("settings") or {}, settings)
+            raise UsageError(
+                f"{self.path} holds an unfinished run with other {', '.join(other)}; "
+                "add --overwrite to start anew or give another --output"
+            )
+        return True
+
+    def begin(self, settings: dict, details: dict) -> None:
+        """Start with an empty log."""
+        for path in (self.state_path, self.log_path):
+            path.unlink(missing_ok=True)
+        self._write({"settings": settings, "finished": False, **details})
+
+    def resume(self, state: State) -> None:
+        """Restore the last saved state, if there is one, and forget what the log says of later steps."""
+        if self.state_path.exists():
+            try:
+                state.restore(self.state_path)
+            except StsrError as error:
+                raise StsrError(
+                    f"the unfinished run in {self.path} is damaged; remove that folder and run the same command again"
+                ) from error
+        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= state.step]
+        _replace(self.log_path, "".join(line + "\n" for line in kept))
+
+    def log(self, line: dict) -> None:
+        """Append a line."""
+        with disk_errors(self.output), open(self.log_path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def finish(self) -> None:
+        """Mark it as finished; the state is no longer needed."""
+        self._write({**(self._record() or {}), "finished": True})
+        self.state_path.unlink(missing_ok=True)
+
+    def _record(self) -> dict | None:
+        try:
+            return json.loads(self._config_path.read_text())
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+            return None
+
+    def _write(self, record: dict) -> None:
+        with disk_errors(self.output):
+            _replace(self._config_path, json.dumps(record, indent=1))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; a line that was cut short counts as the future."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def _differences(old: dict, new: dict) -> list[str]:
+    """Names of what differs, one level deep."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+        elif a != b:
+            found.append(key)
+    return found or ["settings"]

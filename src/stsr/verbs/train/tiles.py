@@ -1,0 +1,343 @@
+"""Training tiles: windows of sections with image, simulated spots and counts, as batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stsr.errors import StsrError, UsageError
+from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements
+from stsr.verbs.train.augmentation import stained, turned, turned_places
+from stsr.verbs.train.heldout import Plan, plan_section
+from stsr.verbs.train.section import (
+    SPOT_KINDS,
+    TrainingSection,
+    check_section,
+    read_counts,
+    simulate_rasters,
+)
+
+_OVERLAP = 0.5  # of its area is as much as a tile of a minibatch may share with another
+_TRIES = 30  # draws before a tile that overlaps more is taken after all
+_REGION_KEYS = ("exclude", "validation")
+
+
+class TrainingTiles:
+    """Tiles of sections with known high resolution.
+
+    Parameters
+    ----------
+    sections
+        `stsr.store.section.Section` or anything with its ``name``, ``hr``, ``image``, ``tissue`` and ``grid``.
+    requirements
+        Bin size, image pixel and raster of the method; its panel is not looked at.
+    tile_lr
+        Side of a training tile, low-resolution pixels.
+    spots
+        Kinds of simulated spots, one drawn per tile: ``"square"``, ``"visium"``.
+    genes
+        The panel: names, or how many of the most expressed (on training area); None for all that the sections share.
+    val
+        Part of each section's tissue that is kept for validation; 0 for none.
+    regions
+        ``{section name: {"exclude": [[x0, y0, x1, y1], ...], "validation": [...]}}``, um. Nothing is learned from
+        either; a section's own validation regions replace the automatic one.
+    gap_lr
+        How far training tiles keep from both, low-resolution pixels; 0 for a tile, or less where that would take more
+        than a quarter of the training tiles, but never less than 1.
+    tissue
+        Least part of a tile that lies in tissue.
+    phases
+        Shifts of the low-resolution raster per axis: more places for the spots to be.
+    depths
+        Each section is also learned from as if only this part of its transcripts had been caught.
+    stain
+        Spread of the random gain of each colour's optical density.
+    flips
+        Whether tiles are turned and mirrored.
+    validation_tiles
+        At most this many.
+    seed
+        Of the thinning to ``depths``; the tiles' own randomness comes with each batch.
+
+    Attributes
+    ----------
+    panel
+        Gene names.
+    reference
+        (p,) mean counts per low-resolution pixel over training tissue.
+    gaps_lr
+        The gap that each section got.
+
+    Raises
+    ------
+    StsrError
+        If a section has no counts per bin or image, or nothing is left to learn or to validate on.
+    UsageError
+        If a setting is impossible or a region belongs to no section.
+    """
+
+    def __init__(
+        self,
+        sections: Sequence,
+        requirements: Requirements,
+        *,
+        tile_lr: int = 6,
+        spots: Sequence[str] = ("square", "visium"),
+        genes: int | Sequence[str] | None = None,
+        val: float = 0.15,
+        regions: dict[str, dict] | None = None,
+        gap_lr: int = 0,
+        tissue: float = 0.3,
+        phases: int = 2,
+        depths: Sequence[float] = (1.0,),
+        stain: float = 0.1,
+        flips: bool = True,
+        validation_tiles: int = 48,
+        seed: int = 0,
+    ):
+        for section in sections:
+            check_section(section, requirements)
+        _check(spots, val, depths)
+        regions = _regions(regions, sections)
+        self.requirements = requirements
+        self.tile_lr = tile_lr
+        self.side = tile_lr * requirements.per_lr  # bins
+        self.stain = stain
+        self.flips = flips
+        self._spots = tuple(spots)
+        self._pools: list[tuple[TrainingSection, int, np.ndarray]] = []  # (section, phase, first bins (n, 2))
+        self._held_out: list[
+            tuple[TrainingSection, int, int, int]
+        ] = []  # (section, kind, first row, first column)
+        plans = [
+            plan_section(s, requirements, regions.get(s.name, {}), tile_lr, val, gap_lr, tissue, phases)
+            for s in sections
+        ]
+        self.gaps_lr = [plan.gap_lr for plan in plans]
+        if not any(len(starts) for plan in plans for starts in plan.starts):
+            raise StsrError(
+                f"no tile of {tile_lr * requirements.lr_um:g} um with tissue is left to learn from; "
+                "give larger sections, a smaller train_tile_lr or --val 0"
+            )
+        if (val > 0 or any("validation" in own for own in regions.values())) and not any(
+            len(plan.held_out) for plan in plans
+        ):
+            raise StsrError(
+                "no section is large enough to keep a validation area apart; give larger ones, or --val 0 to go without"
+            )
+        self._read(plans, genes, depths, np.random.default_rng(seed))
+        self._held_out = _spread(self._held_out, validation_tiles)
+        self._totals = np.cumsum([len(starts) for *_, starts in self._pools])
+
+    @property
+    def count(self) -> int:
+        """Number of training tiles, shifts and depths of the same place included."""
+        return int(self._totals[-1])
+
+    @property
+    def validation_count(self) -> int:
+        """Number of validation tiles."""
+        return len(self._held_out)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of everything that training sees, hexadecimal."""
+        whole = hashlib.sha256(repr((self.panel, self.gaps_lr)).encode())
+        whole.update(self.reference.tobytes())
+        before = None
+        for section, _, starts in self._pools:
+            if section is not before:
+                section.update(whole)
+            before = section
+            whole.update(np.ascontiguousarray(starts).data)
+        return whole.hexdigest()
+
+    def batch(self, size: int, generator: torch.Generator) -> Batch:
+        """A random minibatch of different tiles.
+
+        They share at most half of their area, where the sections are large enough for that.
+
+        Raises
+        ------
+        UsageError
+            If there are fewer tiles than ``size``.
+        """
+        if size > len(self._places):
+            raise UsageError(
+                f"a batch of {size} needs more than {len(self._places)} tiles; set a smaller batch"
+            )
+        rng = np.random.default_rng(
+            int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        )
+        chosen = []
+        for pool, start in self._draw(size, rng):
+            section, phase, _ = self._pools[pool]
+            turn = int(rng.integers(8)) if self.flips else 0
+            gains = np.exp(rng.normal(0, self.stain, 3)) if self.stain else None
+            chosen.append((section, phase, int(rng.integers(len(self._spots))), start, turn, gains))
+        return self._assemble(chosen)
+
+    def validation_batches(self, size: int = 8) -> Iterator[Batch]:
+        """The validation tiles, always the same, unturned and in their own colours."""
+        for first in range(0, len(self._held_out), size):
+            tiles = self._held_out[first : first + size]
+            yield self._assemble(
+                [(section, 0, kind, (row, column), 0, None) for section, kind, row, column in tiles]
+            )
+
+    # ------------------------------------------------------------------------------------------ what to learn from
+
+    def _read(self, plans: list[Plan], genes, depths: Sequence[float], rng: np.random.Generator) -> None:
+        """Choose the panel, read counts and images, simulate spots."""
+        names = _candidates([plan.section for plan in plans], genes)
+        counts = [read_counts(plan.section, names, plan.grid) for plan in plans]
+        totals, bins = np.zeros(len(names)), 0
+        for plan, read in zip(plans, counts, strict=True):
+            area = plan.training_area(self.side).ravel()
+            totals += np.asarray(read.matrix[area].sum(0, dtype=np.float64)).ravel()
+            bins += int(area.sum())
+        if isinstance(genes, int) and genes < len(names):
+            chosen = np.sort(np.argsort(-totals, kind="stable")[:genes])
+            names, totals = [names[index] for index in chosen], totals[chosen]
+            counts = [read_counts(plan.section, names, plan.grid) for plan in plans]
+        self.panel = tuple(names)
+        mean = totals / max(bins, 1) * self.requirements.per_lr**2
+        self.reference = np.maximum(mean, PLAIN_DENSITY).astype(np.float32)
+        for plan, read in zip(plans, counts, strict=True):
+            image = plan.section.image.read(plan.grid.at(self.requirements.image_um))
+            for depth in depths:
+                self._add(
+                    plan, image, read if depth == 1 else read.thinned(depth, rng), plain=depth == max(depths)
+                )
+
+    def _add(self, plan: Plan, image: np.ndarray, counts, plain: bool) -> None:
+        """One section at one depth; validation is on the plain one."""
+        seen = plan.seen(self.requirements.per_lr)
+        rasters = simulate_rasters(counts, plan.grid, plan.shifts, self._spots, seen, self.requirements.lr_um)
+        section = TrainingSection(plan.section.name, plan.grid, image, counts, rasters)
+        for phase, starts in enumerate(plan.starts):
+            if len(starts):
+                self._pools.append((section, phase, starts))
+        if plain:
+            for number, (row, column) in enumerate(plan.held_out.tolist()):
+                self._held_out.append((section, number % len(self._spots), row, column))
+
+    # ------------------------------------------------------------------------------------------------- assembling
+
+    @cached_property
+    def _places(self) -> set[tuple]:
+        """Different places, whatever the depth."""
+        return {(s.name, row, column) for s, _, starts in self._pools for row, column in starts.tolist()}
+
+    def _draw(self, size: int, rng: np.random.Generator) -> list[tuple[int, tuple[int, int]]]:
+        """(pool, first bin) of different tiles."""
+        chosen: list[tuple[int, tuple[int, int]]] = []
+        tries = 0
+        while len(chosen) < size:
+            number = int(rng.integers(self.count))
+            pool = int(np.searchsorted(self._totals, number, side="right"))
+            section, _, starts = self._pools[pool]
+            row, column = starts[number - self._totals[pool]].tolist()
+            tries += 1
+            most = _OVERLAP if tries <= _TRIES * size else 1 - 1e-9
+            if all(self._overlap(section, (row, column), *other) <= most for other in chosen):
+                chosen.append((pool, (row, column)))
+        return chosen
+
+    def _overlap(
+        self, section: TrainingSection, start: tuple[int, int], pool: int, other: tuple[int, int]
+    ) -> float:
+        """Part of a tile's area that another one shows too."""
+        if self._pools[pool][0].name != section.name:
+            return 0.0
+        rows, columns = (max(0, self.side - abs(a - b)) for a, b in zip(start, other, strict=True))
+        return rows * columns / self.side**2
+
+    def _assemble(self, tiles: list[tuple]) -> Batch:
+        """Tiles (section, phase, kind, first bin, turn, stain gains) as one batch."""
+        size, genes, side, small = len(tiles), len(self.panel), self.side, self.tile_lr
+        pixels = side * self.requirements.image_per_lr // self.requirements.per_lr
+        image = np.empty((size, 3, pixels, pixels), np.uint8)
+        lr = np.empty((size, genes, small, small), np.float32)
+        mask = np.empty((size, 1, small, small), np.float32)
+        mean = np.empty((size, genes), np.float32)
+        hr = torch.zeros(size, genes, side, side)
+        for at, (section, phase, kind, (row, column), turn, gains) in enumerate(tiles):
+            raster = section.rasters[phase][kind]
+            top, left = (
+                (row - raster.row) // self.requirements.per_lr,
+                (column - raster.column) // self.requirements.per_lr,
+            )
+            lr[at] = turned(raster.lr[:, top : top + small, left : left + small], turn)
+            mask[at] = turned(raster.mask[:, top : top + small, left : left + small], turn)
+            mean[at] = raster.mean
+            per_bin = self.requirements.image_per_lr / self.requirements.per_lr
+            y, x = round(row * per_bin), round(column * per_bin)
+            image[at] = stained(turned(section.image[:, y : y + pixels, x : x + pixels], turn), gains)
+            section.counts.cut(row, column, turned_places(side, turn), hr[at].numpy())
+        return Batch(
+            image=torch.from_numpy(image),
+            lr=torch.from_numpy(lr),
+            lr_mask=torch.from_numpy(mask),
+            has_lr=torch.ones(size, dtype=torch.bool),
+            lr_mean=torch.from_numpy(mean),
+            genes=torch.eye(genes),
+            names=self.panel,
+            hr=hr,
+        )
+
+
+def _candidates(sections: Sequence, genes: int | Sequence[str] | None) -> list[str]:
+    """Genes that all sections have, in the first one's order, or as asked for."""
+    shared = set.intersection(*(set(section.hr.genes) for section in sections))
+    if not shared:
+        raise StsrError("the sections have no gene in common; train on sections of one panel")
+    if genes is None or isinstance(genes, int):
+        return [gene for gene in sections[0].hr.genes if gene in shared]
+    missing = [gene for gene in genes if gene not in shared]
+    if missing:
+        raise UsageError(
+            f"not every section has {', '.join(missing[:3])}; choose genes that all sections have"
+        )
+    return list(dict.fromkeys(genes))
+
+
+def _regions(regions: dict | None, sections: Sequence) -> dict[str, dict]:
+    """Regions by section name, checked."""
+    names = [section.name for section in sections]
+    if len(set(names)) < len(names):
+        raise UsageError("two of the sections have the same name; rename one of the stores")
+    named = {Path(str(key)).name.removesuffix(".zarr"): own for key, own in (regions or {}).items()}
+    for name, own in named.items():
+        if name not in names:
+            raise UsageError(
+                f"there are regions for {name!r}, which is no section here; there are: {', '.join(names)}"
+            )
+        wrong = set(own) - set(_REGION_KEYS) if isinstance(own, dict) else {str(own)}
+        if wrong:
+            raise UsageError(f"regions are {' or '.join(_REGION_KEYS)}, not {wrong.pop()!r}")
+    return named
+
+
+def _check(spots: Sequence[str], val: float, depths: Sequence[float]) -> None:
+    if not spots or set(spots) - set(SPOT_KINDS):
+        raise UsageError(
+            f"spots are simulated as {' or '.join(SPOT_KINDS)}, not as {', '.join(spots) or 'nothing'}"
+        )
+    if not 0 <= val < 1:
+        raise UsageError(f"the validation part must be at least 0 and below 1, not {val:g}; give --val 0.15")
+    if not depths or not all(0 < depth <= 1 for depth in depths):
+        raise UsageError(f"depths are parts of the transcripts, above 0 and up to 1, not {list(depths)}")
+
+
+def _spread(tiles: list, most: int) -> list:
+    """At most so many of them, evenly."""
+    if len(tiles) <= most:
+        return tiles
+    return [tiles[index] for index in np.linspace(0, len(tiles) - 1, most).round().astype(int)]

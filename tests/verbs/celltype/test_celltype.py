@@ -1,0 +1,347 @@
+"""`stsr celltype` on a small section whose types are known, and on real cells."""
+
+import hashlib
+import json
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from stsr.cli.celltype import celltype as command
+from stsr.errors import StsrError, UsageError
+from stsr.geometry.grid import Grid
+from stsr.store import elements, places, publishing
+from stsr.store.section import open_section
+from stsr.verbs.celltype.verb import celltype
+
+TYPES = ["Fibroblast", "Malignant", "T_cell"]
+GENES = [f"{kind[0]}{number}" for kind in TYPES for number in range(4)]
+GRID = Grid(-10.0, 20.0, 10.0, 40, 40)
+
+
+def true_types() -> np.ndarray:
+    """(40, 40) index into TYPES: two halves and a square of T cells."""
+    kinds = np.zeros((40, 40), int)
+    kinds[:, 20:] = 1
+    kinds[5:15, 5:15] = 2
+    return kinds
+
+
+def signatures() -> np.ndarray:
+    """(12, 3): each type has four genes of its own, and some of all others."""
+    return np.kron(np.eye(3), np.full((4, 1), 9.0)) + 1
+
+
+EMPTY_ROWS, GLASS_COLUMNS = slice(36, 40), slice(38, 40)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A store with a predicted map and its spread, the measured one, tissue, H&E and a table of cells."""
+    from spatialdata import SpatialData
+    from spatialdata.models import Image2DModel
+
+    folder = tmp_path_factory.mktemp("types")
+    kinds = true_types()
+    maps = (4.0 * signatures()[:, kinds]).astype(np.float32)  # (g, y, x); 192 counts a bin
+    maps[:, EMPTY_ROWS] *= 0.005
+    tissue = np.ones((40, 40), bool)
+    tissue[:, GLASS_COLUMNS] = False
+    place = elements.affine(GRID.bin_to_um)
+
+    def image(values):
+        return Image2DModel.parse(values, dims=("c", "y", "x"), c_coords=GENES, transformations=place)
+
+    he = Image2DModel.parse(
+        np.full((3, 80, 80), 200, np.uint8),
+        dims=("c", "y", "x"),
+        transformations=elements.affine(GRID.at(5.0).bin_to_um),
+    )
+    measured = np.random.default_rng(0).poisson(maps).astype(np.uint16)
+    centres = np.array([[50.0, 300.0], [300.0, 100.0], [90.0, 120.0], [30.0, 30.0]])
+    rows, columns, _ = GRID.rows_columns(*centres.T)
+    cells = anndata.AnnData(
+        maps[:, rows, columns].T.copy(),
+        obs=pd.DataFrame(index=[f"cell{number}" for number in range(4)]),
+        var=pd.DataFrame(index=GENES),
+    )
+    sdata = SpatialData.init_from_elements(
+        {
+            "he": he,
+            "hr_10um": image(measured),
+            "superres_x10": image(maps),
+            "superres_x10_sd": image(0.3 * maps),
+            "tissue": elements.tissue_labels(tissue, GRID),
+            "cells": elements.spot_shapes(centres, "disc", 12.0, cells.obs_names),
+            "cells_x10": elements.table(cells, "cells", centres),
+        }
+    )
+    made = {
+        name: {"origin": "predicted", "command": "superres"} for name in ("superres_x10", "superres_x10_sd")
+    }
+    made["cells_x10"] = {"origin": "predicted", "command": "singlecell"}
+    publishing.create(folder / "s.zarr", sdata, made)
+    pd.DataFrame(signatures(), GENES, TYPES).to_csv(folder / "reference.csv")
+    markers = {kind: [gene for gene in GENES if gene[0] == kind[0]] for kind in TYPES}
+    (folder / "markers.json").write_text(json.dumps(markers))
+    return folder
+
+
+@pytest.fixture
+def here(prepared, tmp_path, monkeypatch):
+    """A working folder with the section ``s.zarr``, ``reference.csv`` and ``markers.json``."""
+    import shutil
+
+    shutil.copytree(prepared, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def labels(element="celltype_x10"):
+    return np.asarray(open_section("s.zarr").sdata.labels[element])
+
+
+def expected() -> np.ndarray:
+    """Codes: 0 where there are hardly counts, or no tissue."""
+    codes = true_types() + 1
+    codes[EMPTY_ROWS] = 0
+    codes[:, GLASS_COLUMNS] = 0
+    return codes
+
+
+@pytest.mark.parametrize("source", [None, "hr_10um"])
+@pytest.mark.parametrize("way", [{"reference": "reference.csv"}, {"markers": "markers.json"}])
+def test_types_are_where_they_are(here, way, source):
+    made = celltype("s.zarr", source=source, draws=2, **way)
+    np.testing.assert_array_equal(labels(), expected())
+    assert made.source == (source or "superres_x10") and list(made.types) == TYPES
+    numbers = np.bincount(expected().ravel(), minlength=4)[1:]
+    assert list(made.types.values()) == numbers.tolist()
+    assert made.unassigned == 4 * 38  # bins with hardly counts; glass is no bin at all
+    assert made.confidence > 0.9
+
+
+def test_clusters_are_the_types(here):
+    pytest.importorskip("igraph", reason="scanpy's Leiden runs on it")
+    made = celltype("s.zarr", source="hr_10um", resolution=0.2, draws=0)
+    assert list(made.types) == ["cluster 1", "cluster 2", "cluster 3"]
+    assert pd.crosstab(labels().ravel(), expected().ravel()).gt(0).sum().sum() == 4  # one to one
+    shown = open_section("s.zarr").sdata.tables["celltype_x10_table"].obs["genes"]
+    assert {frozenset(genes.split(", ")[:4]) for genes in shown} == {
+        frozenset(GENES[first : first + 4]) for first in (0, 4, 8)
+    }
+
+
+def test_cells_get_types_too(here):
+    made = celltype("s.zarr", reference="reference.csv", per="cell", min_counts=2)
+    table = open_section("s.zarr").sdata.tables["celltype_x10_cells"]
+    assert made.element == "celltype_x10_cells" and made.source == "cells_x10"
+    assert list(table.obs["celltype"]) == ["Fibroblast", "Malignant", "T_cell", "Fibroblast"]
+    assert table.uns["spatialdata_attrs"]["region"] == "cells" and made.confidence is None
+    assert "confidence" not in table.obs  # nobody knows the spread of these counts
+
+
+def test_the_result_opens_elsewhere(here):
+    import scanpy as sc
+    import spatialdata
+    import squidpy as sq
+
+    celltype("s.zarr", reference="reference.csv", draws=2)
+    celltype("s.zarr", reference="reference.csv", per="cell")
+    sdata = spatialdata.read_zarr("s.zarr")
+    bins, types = sdata.tables["celltype_x10_bins"], sdata.tables["celltype_x10_table"]
+    extent = spatialdata.get_extent(sdata["celltype_x10"], coordinate_system="global")
+    np.testing.assert_allclose([*extent["x"], *extent["y"]], [-10, 390, 20, 420])
+    _, annotation = spatialdata.join_spatialelement_table(
+        sdata, spatial_element_names="celltype_x10", table_name="celltype_x10_table", how="left"
+    )
+    assert list(annotation.obs["celltype"]) == TYPES == list(types.obs_names)
+    assert list(bins.var_names) == TYPES
+    np.testing.assert_allclose(bins.X.sum(1), 1, atol=1e-5)
+    np.testing.assert_array_equal(
+        bins.obsm["proportions"]["T_cell"], sc.get.obs_df(bins, ["T_cell"])["T_cell"]
+    )
+    np.testing.assert_allclose(bins.obsm["spatial"][0], [-5, 25])
+    sc.pl.embedding(bins, "spatial", color=["celltype", "T_cell"], show=False)
+    sq.gr.spatial_neighbors(bins, coord_type="generic", n_neighs=4)
+    sq.gr.nhood_enrichment(bins, "celltype", n_perms=5, show_progress_bar=False)
+    assert np.isfinite(bins.uns["celltype_nhood_enrichment"]["count"]).all()
+    matched, _ = spatialdata.match_element_to_table(sdata, "cells", "celltype_x10_cells")
+    assert len(matched["cells"]) == 4
+
+
+def test_it_draws_in_spatialdata_plot(here, monkeypatch):
+    plot = pytest.importorskip("spatialdata_plot")
+    assert plot is not None
+    import spatialdata
+    from matplotlib import pyplot
+
+    monkeypatch.setattr("matplotlib.rcParams", pyplot.rcParams)
+    celltype("s.zarr", markers="markers.json", draws=0)
+    sdata = spatialdata.read_zarr("s.zarr")
+    _, axis = pyplot.subplots()
+    sdata.pl.render_labels("celltype_x10", color="celltype", table_name="celltype_x10_table").pl.show(ax=axis)
+    shown = {text.get_text() for text in axis.get_legend().get_texts()}
+    pyplot.close("all")
+    assert set(TYPES) <= shown
+
+
+def test_colours_are_the_same_everywhere(here):
+    celltype("s.zarr", reference="reference.csv", draws=0)
+    celltype("s.zarr", markers="markers.json", per="cell", name="again")
+    tables = open_section("s.zarr").sdata.tables
+    found = [
+        dict(
+            zip(tables[name].obs["celltype"].cat.categories, tables[name].uns["celltype_colors"], strict=True)
+        )
+        for name in ("celltype_x10_bins", "celltype_x10_table", "again")
+    ]
+    for kind in TYPES:
+        assert len({colours[kind] for colours in found}) == 1
+
+
+def test_running_again(here):
+    def read():
+        return open_section("s.zarr").sdata.tables["celltype_x10_bins"]
+
+    celltype("s.zarr", reference="reference.csv", draws=3, seed=1)
+    first = read().copy()
+    with pytest.raises(UsageError, match="--overwrite"):
+        celltype("s.zarr", reference="reference.csv")
+    celltype("s.zarr", reference="reference.csv", draws=3, seed=1, overwrite=True)
+    pd.testing.assert_frame_equal(first.obs, read().obs)
+    celltype("s.zarr", markers="markers.json", overwrite=True, draws=0)
+    made = open_section("s.zarr").provenance["celltype_x10"]
+    assert (made["command"], made["method"], made["file"]) == ("celltype", "markers", "markers.json")
+    assert made["source"] == "superres_x10" and made["draws"] == 0 and len(made["sha256"]) == 12
+
+
+def test_the_work_may_be_cut_anyhow(here, monkeypatch):
+    celltype("s.zarr", reference="reference.csv", name="whole", draws=0)
+    monkeypatch.setattr(places, "_CHUNK_BINS", 16)
+    monkeypatch.setattr(places, "_LEAST_BINS", 7)
+    monkeypatch.setattr(places, "_BLOCK_BYTES", 1)
+    celltype("s.zarr", reference="reference.csv", name="cut", draws=0)
+    np.testing.assert_array_equal(labels("whole"), labels("cut"))
+    tables = open_section("s.zarr").sdata.tables
+    np.testing.assert_allclose(tables["whole_bins"].X, tables["cut_bins"].X, atol=2e-3)
+
+
+def test_genes_that_platforms_see_differently_are_left_out(here):
+    reference = pd.read_csv("reference.csv", index_col=0)
+    reference.loc["T3"] /= 5000
+    reference.loc["elsewhere"] = 7.0
+    reference.to_csv("odd.csv")
+    made = celltype("s.zarr", reference="odd.csv", draws=0)
+    assert made.genes == 11 and made.notes[-1].endswith("left out: T3")
+    assert "12 of the reference's 13 genes" in made.notes[0]
+    np.testing.assert_array_equal(labels(), expected())
+
+
+# ------------------------------------------------------------------------------------------ the command line
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(command)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_stdout_is_for_the_next_command(here):
+    result = run("s.zarr", "--markers", "markers.json", "--draws", 0)
+    assert (result.exit_code, result.stdout) == (0, "celltype_x10\n")
+    result = run(
+        "s.zarr", "--reference", "reference.csv", "--per", "cell", "--figure", "f.png", "--json", "-q"
+    )
+    told = json.loads(result.stdout)
+    assert told["types"] == {"Fibroblast": 2, "Malignant": 1, "T_cell": 1}
+    assert told["element"] == "celltype_x10_cells" and told["figure"] == "f.png" and result.stderr == ""
+    assert (here / "f.png").stat().st_size > 10_000
+
+
+def test_the_figure_shows_the_types(here):
+    from PIL import Image as Pillow
+
+    run("s.zarr", "--markers", "markers.json", "--draws", 0, "--figure", "f.png")
+    pixels = np.asarray(Pillow.open("f.png").convert("RGB")).reshape(-1, 3)
+    colours = open_section("s.zarr").sdata.tables["celltype_x10_table"].uns["celltype_colors"]
+    parts = [(pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(1).mean() for colour in colours]
+    numbers = np.bincount(expected().ravel(), minlength=4)[1:]
+    assert min(parts) > 0.005
+    assert np.argsort(parts).tolist() == np.argsort(numbers).tolist()
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "word"),
+    [
+        (["--reference", "nowhere.csv"], 2, "nowhere.csv"),
+        (["--reference", "broken.csv"], 2, "broken.csv"),
+        (["--reference", "one.csv"], 2, "1 cell type"),
+        (["--reference", "negative.csv"], 2, "negative"),
+        (["--reference", "strange.csv"], 2, "0 of the 12 genes"),
+        (["--reference", "reference.csv", "--label-key", "kind"], 2, "--label-key"),
+        (["--label-key", "kind"], 2, "--reference"),
+        (["--reference", "reference.csv", "--markers", "markers.json"], 2, "one of them"),
+        (["--markers", "broken.csv"], 2, "markers"),
+        (["--markers", "markers.json", "--min-probability", 1.5], 2, "--min-probability"),
+        (["--markers", "markers.json", "--min-counts", "nan"], 2, "--min-counts"),
+        (["--markers", "markers.json", "--from", "nothing"], 2, "'nothing'"),
+        (["--markers", "markers.json", "--from", "cells", "--per", "cell"], 2, "'cells'"),
+        (["--markers", "markers.json", "--name", "hr_5um"], 2, "--name"),
+        (["--markers", "markers.json", "--name", "cells_x10", "--per", "cell"], 2, "--overwrite"),
+        (["--markers", "markers.json", "--figure", "f.xyz"], 2, "f.xyz"),
+        (["--resolution=-1"], 2, "--resolution"),
+    ],
+)
+def test_bad_input(here, options, code, word):
+    (here / "broken.csv").write_bytes(b"\x00\x01\xff")
+    frame = pd.read_csv("reference.csv", index_col=0)
+    frame[["T_cell"]].to_csv("one.csv")
+    (-frame).to_csv("negative.csv")
+    frame.rename(index=str.swapcase).rename(index="x{}".format).to_csv("strange.csv")
+    before = contents(here)
+    result = run("s.zarr", *options)
+    told = result.stderr.strip()
+    assert (result.exit_code, result.stdout) == (code, ""), told
+    assert told.startswith("error: ") and "\n" not in told and "internal" not in told
+    assert word in told
+    assert contents(here) == before
+
+
+def test_a_section_without_a_map(here, monkeypatch):
+    with pytest.raises(StsrError, match="no section at"):
+        celltype("nowhere.zarr", markers="markers.json")
+    monkeypatch.setattr(places.names, "superres_elements", lambda path: [])
+    with pytest.raises(StsrError, match="stsr superres"):
+        celltype("s.zarr", markers="markers.json")
+
+
+# ------------------------------------------------------------------------------------------------ real tissue
+
+
+@pytest.mark.real
+def test_real_cells_have_the_markers_of_their_types(real_data, tmp_path):
+    from stsr.verbs.prepare.verb import prepare
+
+    store = prepare(real_data / "breast" / "xenium_same_he", tmp_path / "same.zarr")
+    reference = real_data / "reference" / "breast_scrna_pseudobulk_counts.csv"
+    celltype(store, reference=reference, source="cells_table", per="cell", name="types", draws=0)
+    tables = open_section(store).sdata.tables
+    best = {
+        "EPCAM": "Malignant", "POSTN": "Fibroblast", "CD3E": "T_cell", "MS4A1": "B_cell", "CD163": "Macrophage",
+        "PECAM1": "Endothelial", "PDGFRB": "Pericyte", "MZB1": "Plasmablast", "NKG7": "NK_cell", "LYZ": "Monocyte",
+    }  # fmt: skip
+    counts = pd.DataFrame(tables["cells_table"][:, list(best)].X.toarray(), columns=list(best))
+    means = counts.groupby(tables["types"].obs["celltype"].to_numpy(), observed=True).mean()
+    assert means.idxmax().to_dict() == best

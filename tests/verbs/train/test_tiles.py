@@ -1,0 +1,323 @@
+"""Training tiles: image, spots and counts belong together, and held-out areas are never touched."""
+
+import numpy as np
+import pytest
+import torch
+
+from stsr.errors import StsrError, UsageError
+from stsr.geometry.grid import Grid, add_up
+from stsr.methods.batch import Requirements
+from stsr.verbs.train.augmentation import stained, turned
+from stsr.verbs.train.heldout import Rectangle, choose_block, far_from, widest_gap, window_shares
+from stsr.verbs.train.tiles import TrainingTiles
+
+NEEDS = Requirements(())
+GENES = ["A", "B", "C", "D", "E"]
+
+
+class Maps:
+    def __init__(self, grid, genes, counts):
+        self.grid, self.genes, self.counts = grid, list(genes), counts
+        self.reads = []
+
+    def read(self, genes=None, window=None):
+        window = window or self.grid
+        index = [self.genes.index(gene) for gene in genes or self.genes]
+        row, column = self.grid.offset_of(window)
+        whole = np.zeros((len(index), *window.shape), self.counts.dtype)
+        part = self.counts[index, row : row + window.height, column : column + window.width]
+        whole[:, : part.shape[1], : part.shape[2]] = part
+        return whole
+
+
+class Picture:
+    """Red is the first gene's count, so that image and counts can be compared bin by bin."""
+
+    def __init__(self, maps):
+        self.maps = maps
+
+    def covered(self, grid):
+        return np.ones(grid.shape, bool)
+
+    def read(self, grid):
+        red = self.maps.read(self.maps.genes[:1], grid)[0]
+        return np.stack([red, 2 * red, 255 - red]).astype(np.uint8)
+
+
+class Everywhere:
+    def __init__(self, mask):
+        self.mask = mask
+
+    def read(self, grid):
+        return self.mask
+
+
+class FakeSection:
+    """A section in memory with the face of `stsr.store.section.Section`."""
+
+    def __init__(self, name="one", lr=(16, 14), genes=GENES, bin_um=10.0, seed=0, tissue=None):
+        rng = np.random.default_rng(seed)
+        per_lr = round(100 / bin_um)
+        grid = Grid(1000.0, -500.0, bin_um, lr[0] * per_lr, lr[1] * per_lr)
+        rates = np.linspace(0.1, 1.5, len(genes))[::-1, None, None]
+        self.name = name
+        self.hr = Maps(grid, genes, rng.poisson(rates, (len(genes), *grid.shape)).astype(np.uint16))
+        self.image = Picture(self.hr)
+        self.tissue = None if tissue is None else Everywhere(tissue)
+
+    def grid(self, bin_um):
+        return self.hr.grid.at(bin_um)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def places(tiles, batch, section):
+    """First bins of a batch's tiles, found by their counts, unturned tiles only."""
+    first = section.hr.counts[0]
+    corners = np.lib.stride_tricks.sliding_window_view(first, (1, tiles.side))[: -tiles.side + 1, :, 0]
+    found = []
+    for tile in batch.hr.numpy():
+        rows, columns = np.nonzero(
+            (corners == tile[0, 0]).all(2)
+        )  # windows whose first row of bins is the tile's
+        assert len(rows) == 1
+        found.append((int(rows[0]), int(columns[0])))
+    return found
+
+
+def test_everything_has_the_shape_of_a_batch():
+    tiles = TrainingTiles([FakeSection(), FakeSection("two", (12, 12), seed=1)], NEEDS, tile_lr=3)
+    batch = tiles.batch(4, generator())
+    assert batch.image.shape == (4, 3, 30, 30) and batch.image.dtype == torch.uint8
+    assert batch.hr.shape == (4, 5, 30, 30) and batch.hr.dtype == torch.float32
+    assert batch.lr.shape == (4, 5, 3, 3) and batch.lr_mask.shape == (4, 1, 3, 3)
+    assert batch.lr_mean.shape == (4, 5) and batch.has_lr.all()
+    assert torch.equal(batch.genes, torch.eye(5)) and batch.names == tuple(GENES) == tiles.panel
+
+
+def test_square_spots_are_sums_of_bins_however_tiles_are_turned():
+    tiles = TrainingTiles([FakeSection()], NEEDS, tile_lr=3, spots=["square"])
+    for seed in range(4):
+        batch = tiles.batch(6, generator(seed))
+        assert torch.equal(batch.lr, add_up(batch.hr, 10))
+        assert (batch.lr_mask == 1).all()
+
+
+def test_image_lies_on_the_counts_however_tiles_are_turned():
+    batch = TrainingTiles([FakeSection()], NEEDS, tile_lr=3, stain=0).batch(8, generator())
+    assert torch.equal(batch.image[:, 0].float(), batch.hr[:, 0])
+    assert torch.equal(batch.image[:, 1].float(), 2 * batch.hr[:, 0])
+
+
+def test_all_eight_ways_of_turning_occur():
+    array = np.arange(9).reshape(3, 3)
+    assert len({turned(array, turn).tobytes() for turn in range(8)}) == 8
+    assert np.array_equal(turned(array, 0), array)
+
+
+def test_visium_spots_are_raster_of_discs():
+    tiles = TrainingTiles([FakeSection()], NEEDS, tile_lr=3, spots=["visium"], flips=False)
+    batch = tiles.batch(6, generator())
+    sums = add_up(batch.hr, 10)
+    assert not torch.equal(batch.lr, sums)
+    relative = batch.lr.sum((0, 2, 3)) / sums.sum((0, 2, 3))
+    assert (relative - 1).abs().max() < 0.15  # a disc speaks for its pixel's whole area
+
+
+def test_section_mean_is_per_pixel():
+    section = FakeSection()
+    batch = TrainingTiles([section], NEEDS, tile_lr=3, spots=["square"], phases=1).batch(2, generator())
+    mean = section.hr.counts.mean((1, 2)) * 100
+    np.testing.assert_allclose(batch.lr_mean[0], mean, rtol=1e-5)
+
+
+def test_fine_bins_are_added_up_and_image_may_be_finer_than_bins():
+    section = FakeSection(bin_um=5.0)
+    tiles = TrainingTiles(
+        [section], Requirements((), bin_um=10, image_um=5), tile_lr=3, spots=["square"], stain=0
+    )
+    batch = tiles.batch(4, generator())
+    assert batch.image.shape[-1] == 60
+    assert torch.equal(add_up(batch.image[:, 0].float(), 2), batch.hr[:, 0])
+
+
+def test_the_generator_alone_decides():
+    tiles = TrainingTiles([FakeSection()], NEEDS, tile_lr=3)
+    a, b, c = (tiles.batch(4, generator(seed)) for seed in (5, 5, 6))
+    assert torch.equal(a.hr, b.hr) and torch.equal(a.image, b.image) and torch.equal(a.lr, b.lr)
+    assert not torch.equal(a.hr, c.hr)
+
+
+def test_tiles_of_a_batch_share_at_most_half():
+    section = FakeSection(lr=(20, 20))
+    tiles = TrainingTiles([section], NEEDS, tile_lr=3, flips=False, val=0, phases=2)
+    for seed in range(5):
+        found = places(tiles, tiles.batch(6, generator(seed)), section)
+        for i, (row, column) in enumerate(found):
+            for other_row, other_column in found[:i]:
+                shared = max(0, 30 - abs(row - other_row)) * max(0, 30 - abs(column - other_column))
+                assert shared <= 450
+
+
+def test_small_sections_still_give_different_tiles():
+    section = FakeSection(lr=(4, 5))
+    tiles = TrainingTiles([section], NEEDS, tile_lr=3, flips=False, val=0, phases=1, depths=(1.0, 0.5))
+    batch = tiles.batch(6, generator())
+    assert len({tile.numpy().tobytes() for tile in batch.image}) == 6
+    with pytest.raises(UsageError, match="smaller batch"):
+        tiles.batch(7, generator())
+
+
+def test_held_out_areas_are_never_touched():
+    section = FakeSection(lr=(20, 16))
+    x0, y0, _, _ = section.hr.grid.bounds_um
+    regions = {
+        "one": {
+            "exclude": [[x0, y0, x0 + 430, y0 + 400]],
+            "validation": [[x0 + 1000, y0 + 1400, x0 + 1600, y0 + 2000]],
+        }
+    }
+    tiles = TrainingTiles([section], NEEDS, tile_lr=3, flips=False, regions=regions, gap_lr=1, stain=0)
+    forbidden = np.zeros(section.hr.grid.shape, bool)
+    forbidden[: 40 + 10, : 43 + 10] = True
+    forbidden[140 - 10 :, 100 - 10 :] = True
+    for seed in range(20):
+        for row, column in places(tiles, tiles.batch(4, generator(seed)), section):
+            assert not forbidden[row : row + 30, column : column + 30].any()
+    held_out = [place for batch in tiles.validation_batches(4) for place in places(tiles, batch, section)]
+    assert len(held_out) == tiles.validation_count == 16
+    assert all(row >= 140 and column >= 100 for row, column in held_out)
+
+
+def test_what_is_excluded_changes_nothing():
+    regions = {"one": {"exclude": [[1000, -500, 1600, 100]]}}
+    plain, other = FakeSection(), FakeSection()
+    other.hr.counts[:, :60, :60] = 7
+    a, b = (TrainingTiles([s], NEEDS, tile_lr=3, regions=regions) for s in (plain, other))
+    assert np.array_equal(a.reference, b.reference)
+    first, second = a.batch(4, generator()), b.batch(4, generator())
+    for name in ("hr", "lr", "lr_mean"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+def test_automatic_validation_is_apart_and_the_same_each_time():
+    section = FakeSection(lr=(30, 12))
+    tiles = TrainingTiles([section], NEEDS, tile_lr=3, flips=False, val=0.2)
+    held_out = np.zeros(section.hr.grid.shape, bool)
+    for batch in tiles.validation_batches():
+        for row, column in places(tiles, batch, section):
+            held_out[row : row + 30, column : column + 30] = True
+    assert 0.15 < held_out.mean() < 0.4
+    gap = tiles.gaps_lr[0] * 10
+    near = Rectangle(*(int(v) for v in _bounds(held_out)))
+    for seed in range(10):
+        starts = np.array(places(tiles, tiles.batch(4, generator(seed)), section))
+        assert not near.meets(starts, 30, gap).any()
+    again = [batch.hr for batch in tiles.validation_batches()]
+    assert all(torch.equal(a, b.hr) for a, b in zip(again, tiles.validation_batches(), strict=True))
+
+
+def _bounds(mask):
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
+
+
+def test_tiles_lie_in_tissue():
+    mask = np.zeros((160, 140), bool)
+    mask[:, :70] = True
+    tiles = TrainingTiles([section := FakeSection(tissue=mask)], NEEDS, tile_lr=3, flips=False, tissue=0.5)
+    for seed in range(10):
+        for row, column in places(tiles, tiles.batch(3, generator(seed)), section):
+            assert mask[row : row + 30, column : column + 30].mean() >= 0.5
+
+
+def test_panel_is_shared_genes_or_the_most_expressed_or_a_list():
+    one, two = FakeSection(), FakeSection("two", genes=["E", "X", "C", "B"], seed=1)
+    assert TrainingTiles([one, two], NEEDS, tile_lr=3).panel == ("B", "C", "E")
+    assert TrainingTiles([one, two], NEEDS, tile_lr=3, genes=["E", "B"]).panel == ("E", "B")
+    tiles = TrainingTiles([one], NEEDS, tile_lr=3, genes=2)
+    assert tiles.panel == ("A", "B")  # rates fall along the list
+    np.testing.assert_allclose(tiles.reference, [150, 115], rtol=0.05)
+    with pytest.raises(UsageError, match="not every section has X"):
+        TrainingTiles([one, two], NEEDS, tile_lr=3, genes=["X"])
+    with pytest.raises(StsrError, match="no gene in common"):
+        TrainingTiles([one, FakeSection("two", genes=["X"])], NEEDS, tile_lr=3)
+
+
+def test_depths_thin_counts_and_spots_alike():
+    section = FakeSection()
+    tiles = TrainingTiles([section], NEEDS, tile_lr=3, spots=["square"], depths=(0.25,), phases=1)
+    batch = tiles.batch(6, generator())
+    assert torch.equal(batch.lr, add_up(batch.hr, 10))
+    np.testing.assert_allclose(batch.lr_mean[0], section.hr.counts.mean((1, 2)) * 25, rtol=0.05)
+
+
+def test_stain_changes_optical_density():
+    image = np.arange(256, dtype=np.uint8).reshape(1, 16, 16).repeat(3, 0)
+    assert np.array_equal(stained(image, np.ones(3)), image)
+    darker = stained(image, np.array([2.0, 1.0, 0.5]))
+    assert darker[0, 8, 0] == round(255 * (128 / 255) ** 2) and (darker[2] >= image[2]).all()
+    assert (darker[:, -1, -1] == 255).all()  # white has no density
+
+
+def test_same_data_same_digest():
+    a, b, c = (TrainingTiles([FakeSection(seed=seed)], NEEDS, tile_lr=3).digest for seed in (0, 0, 1))
+    assert a == b != c
+
+
+def test_the_gap_is_a_tile_where_there_is_room():
+    starts = np.stack(np.meshgrid(np.arange(0, 970, 10), np.arange(0, 970, 10)), -1).reshape(-1, 2)
+    corner = [Rectangle(0, 0, 100, 100)]
+    assert widest_gap(starts, 30, corner, 10) == 30
+    few = starts[(starts < 130).all(1)]
+    assert widest_gap(few, 30, [Rectangle(0, 0, 80, 80)], 10) == 10
+    assert far_from(starts, 30, corner, 30).sum() < far_from(starts, 30, corner, 0).sum()
+
+
+def test_window_shares_are_means():
+    mask = np.random.default_rng(0).random((40, 50)) < 0.4
+    starts = np.array([[0, 0], [5, 7], [20, 30]])
+    expected = [mask[row : row + 20, column : column + 20].mean() for row, column in starts]
+    np.testing.assert_allclose(window_shares(mask, starts, 20), expected)
+
+
+def test_no_block_where_nothing_would_be_left():
+    starts = np.array([[0, 0], [0, 10], [10, 0], [10, 10]])
+    assert choose_block(np.ones((40, 40), bool), starts, 30, 0.2, [], 10) is None
+
+
+def _without(name):
+    section = FakeSection()
+    setattr(section, name, None)
+    return section
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: _without("hr"), {}, "no high-resolution counts"),
+        (lambda: _without("image"), {}, "no H&E image in one"),
+        (lambda: FakeSection(bin_um=20.0), {}, "--bin-um 10"),
+        (FakeSection, {"val": 1.5}, "--val"),
+        (FakeSection, {"spots": ["round"]}, "square or visium"),
+        (FakeSection, {"depths": [0.0]}, "above 0"),
+        (FakeSection, {"tile_lr": 30}, "smaller train_tile_lr"),
+        (lambda: FakeSection(lr=(4, 4)), {"tile_lr": 3}, "--val 0"),
+        (FakeSection, {"regions": {"two": {}}}, "no section here"),
+        (FakeSection, {"regions": {"one": {"exlude": []}}}, "exclude or validation"),
+        (FakeSection, {"regions": {"one": {"exclude": [[0, 0, 1]]}}}, "in um"),
+        (FakeSection, {"regions": {"one": {"exclude": [[5, 0, 1, 1]]}}}, "empty"),
+    ],
+)
+def test_refusals_are_one_sentence(make, options, message):
+    with pytest.raises(StsrError, match=message):
+        TrainingTiles([make()], NEEDS, **{"tile_lr": 3, **options})
+
+
+def test_fractions_are_no_counts():
+    section = FakeSection()
+    section.hr.counts = section.hr.counts * 0.5
+    with pytest.raises(StsrError, match="raw counts"):
+        TrainingTiles([section], NEEDS, tile_lr=3)
