@@ -3,7 +3,8 @@ import pytest
 import scipy.sparse as sp
 
 from stsr.errors import StsrError, UsageError
-from stsr.genes import mixtures, wanted_genes
+from stsr.genes import wanted_genes
+from stsr.verbs.superres.mixtures import mixtures
 
 PANEL = ["GATA3", "LUM", "LYZ"]
 MEASURED = ["LYZ", "ACTB", "LUM", "KRT8"]

@@ -15,7 +15,17 @@ GROUND = {"files", "genes", "errors", "version"}
 """Modules that import nothing of stsr but each other."""
 
 ALLOWED = {
-    "cli": {"verbs", "methods", "checkpoint", "platforms", "store", "figures", "metrics", "signals", "device"},
+    "cli": {
+        "verbs",
+        "methods",
+        "checkpoint",
+        "platforms",
+        "store",
+        "figures",
+        "metrics",
+        "signals",
+        "device",
+    },
     "verbs": {
         "methods",
         "checkpoint",

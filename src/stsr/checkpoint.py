@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from stsr.errors import StsrError, UsageError
+from stsr.files import disk_errors
 from stsr.methods import method_class
 from stsr.methods.method import Method, config_dict, configured
-from stsr.store.workspace import disk_errors
 from stsr.version import __version__
 
 FORMAT = 1

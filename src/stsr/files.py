@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import zipfile
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,3 +74,46 @@ def need(folder: Path, *patterns: str, what: str) -> Path:
             f"{patterns[0]} ({what}) is missing in {folder}; copy it from the instrument's output"
         )
     return found
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def check_writable(path) -> None:
+    """Fail early where a store cannot be written to.
+
+    Raises
+    ------
+    StsrError
+        If the store or the folder it lies in is read-only.
+    """
+    store = Path(path).resolve()
+    for place in (store, store.parent):
+        if place.exists() and not os.access(place, os.W_OK):
+            raise StsrError(f"cannot write to {place}: it is read-only; write elsewhere with --output")
+
+
+@contextmanager
+def disk_errors(path) -> Iterator[None]:
+    """Turn a full or read-only disk into one sentence.
+
+    Raises
+    ------
+    StsrError
+        For ENOSPC, EDQUOT, EACCES, EPERM and EROFS; other errors pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        number = error.errno
+        if number in _FULL or "No space left" in str(error):
+            raise StsrError(
+                f"the disk of {Path(path).parent} is full; free some space or write elsewhere"
+            ) from error
+        if number in _FORBIDDEN:
+            place = error.filename or path
+            raise StsrError(
+                f"cannot write to {place}: permission denied; write elsewhere with --output"
+            ) from error
+        raise

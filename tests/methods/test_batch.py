@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from stsr.geometry.grid import Grid
-from stsr.methods.batch import Batch, Field, Requirements, collate, cut, lr_mean
+from stsr.methods.batch import Batch, Requirements, collate, cut, lr_mean
+from stsr.verbs.superres.field import Field
 
 
 def make(tiles=2, genes=3):

@@ -17,6 +17,7 @@ from stsr.histology import files as he
 from stsr.histology.tissue import from_density, from_image
 from stsr.platforms.source import Chunk, Options, Transcripts, choose_genes
 from stsr.simulate import simulate_tissue, write_visium, write_xenium
+from stsr.verbs.prepare import fit
 from stsr.verbs.prepare.binning import GENES_PER_BLOCK, Counter
 from stsr.verbs.prepare.counting import count, grid_over
 
@@ -199,8 +200,8 @@ def test_image_lies_where_the_cells_are(tissue, tmp_path, mirror, turn):
     assert np.sign(np.linalg.det(source.picture.px_to_um)) == (-1 if mirror else 1)
     counted = count(source.transcripts, source.genes, 10)
     counts = counted.counter.per_place.reshape(counted.grid.shape)
-    assert he.overlap(source.picture, counts, counted.grid) > 0.95
-    agreement, doubts = he.fit(source.picture, counts, counted.grid)
+    assert fit.overlap(source.picture, counts, counted.grid) > 0.95
+    agreement, doubts = fit.fit(source.picture, counts, counted.grid)
     assert doubts == [] and agreement > 0.15
 
 

@@ -8,9 +8,8 @@ import scipy.sparse as sp
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid
-from stsr.store import catalogue as store
+from stsr.store import catalogue, publishing
 from stsr.store import discovery as foreign
-from stsr.store import publishing
 from stsr.store.section import open_section
 from stsr.store.writer import MapWriter
 
@@ -65,7 +64,7 @@ def visium_like(tmp_path, order=None, matrix=None, with_array=True, **parts):
         shapes={"slide": shapes},
         tables={"table": counts_table},
     )
-    with store.quiet():
+    with catalogue.quiet():
         sdata.write(tmp_path / "slide.zarr")
     return open_section(tmp_path / "slide.zarr"), pixels * UM_PER_PX, counts
 
@@ -178,7 +177,7 @@ def test_xenium_elements_tell_the_pixel_size(tmp_path):
     to_px = Scale([1 / 0.2125, 1 / 0.2125], ("x", "y"))
     shapes = {"cell_circles": ShapesModel.parse(cells, transformations={"global": to_px})}
     counts = table(np.eye(2, dtype=np.float32), "cell_circles", ["b", "a"])
-    with store.quiet():
+    with catalogue.quiet():
         spatialdata.SpatialData(shapes=shapes, tables={"table": counts}).write(tmp_path / "x.zarr")
     section = open_section(tmp_path / "x.zarr")
     assert section.frame.um_per_unit == pytest.approx(0.2125)
@@ -190,7 +189,7 @@ def test_xenium_elements_tell_the_pixel_size(tmp_path):
 def test_unknown_units_are_refused_with_a_remedy(tmp_path):
     from spatialdata.models import Image2DModel
 
-    with store.quiet():
+    with catalogue.quiet():
         image = Image2DModel.parse(np.zeros((3, 8, 8), np.uint8), dims="cyx")
         spatialdata.SpatialData(images={"photo": image}).write(tmp_path / "x.zarr")
     with pytest.raises(StsrError, match="um-per-px"):
@@ -292,7 +291,7 @@ def test_store_by_spatialdata_io_visium(real_data, tmp_path):
     import spatialdata_io
 
     folder = real_data / "breast" / "visium"
-    with store.quiet():
+    with catalogue.quiet():
         sdata = spatialdata_io.visium(folder, dataset_id="sample", fullres_image_file="he_fullres.tif")
         sdata.write(tmp_path / "sample.zarr")
     section = open_section(tmp_path / "sample.zarr")
@@ -309,6 +308,6 @@ def test_store_by_spatialdata_io_visium(real_data, tmp_path):
     assert 120 < rgb.mean() < 245
     with MapWriter(section.path, ["superres_x10"], section.spots.genes[:20], grid) as writer:
         writer.write("superres_x10", slice(0, 20), slice(0, 220), slice(0, 220), np.ones((20, *grid.shape)))
-    with store.quiet():
+    with catalogue.quiet():
         read = spatialdata.read_zarr(section.path)
     assert list(read.images["superres_x10"].coords["c"].values) == section.spots.genes[:20]

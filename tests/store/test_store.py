@@ -14,9 +14,8 @@ import pytest
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid
-from stsr.store import catalogue as store
+from stsr.store import catalogue, names, publishing
 from stsr.store import consolidated as metadata
-from stsr.store import publishing
 from stsr.store import writer as mapwriter
 from stsr.store.writer import MapWriter
 
@@ -55,15 +54,15 @@ def path(request, tmp_path):
         publishing.create(path, section(), {"he": {"command": "prepare"}})
         return path
     arguments = publishing.container(2) if request.param == "zarr2" else {"consolidate_metadata": False}
-    with store.quiet():
+    with catalogue.quiet():
         section().write(path, **arguments)
     frame = {"coordinate_system": "global", "um_per_unit": 1.0}
-    metadata.edit_root(path, tmp_path, lambda root: root.update({store.FRAME_KEY: frame}))
+    metadata.edit_root(path, tmp_path, lambda root: root.update({names.FRAME_KEY: frame}))
     return path
 
 
 def opened(path):
-    with store.quiet():
+    with catalogue.quiet():
         return spatialdata.read_zarr(path)
 
 
@@ -86,11 +85,11 @@ def nothing_beside(path) -> bool:
 
 
 def test_names_round_trip():
-    assert store.hr_name(10) == "hr_10um" and store.bin_um_of("hr_10um") == 10
-    assert store.superres_name(10) == "superres_x10" and store.bin_um_of("superres_x10_sd") == 10
-    assert store.scale_of(store.superres_name(5)) == 5 and store.bin_um_of("he") is None
+    assert names.hr_name(10) == "hr_10um" and names.bin_um_of("hr_10um") == 10
+    assert names.superres_name(10) == "superres_x10" and names.bin_um_of("superres_x10_sd") == 10
+    assert names.scale_of(names.superres_name(5)) == 5 and names.bin_um_of("he") is None
     with pytest.raises(UsageError, match="--name"):
-        store.check_name("HR_10um")
+        names.check_name("HR_10um")
 
 
 def test_map_opens_as_an_image_with_genes_and_place(path):
@@ -123,12 +122,12 @@ def test_big_map_gets_a_pyramid_of_means(path, monkeypatch):
 
 def test_newest_map_is_found(path):
     with pytest.raises(StsrError, match="stsr superres"):
-        store.newest_superres(path)
+        catalogue.newest_superres(path)
     write_map(path)
     write_map(path, elements=["superres_x5"])
-    assert store.newest_superres(path) == "superres_x5"
+    assert catalogue.newest_superres(path) == "superres_x5"
     write_map(path, overwrite=True)
-    assert store.newest_superres(path) == "superres_x10"
+    assert catalogue.newest_superres(path) == "superres_x10"
 
 
 # -------------------------------------------------------------------------------------------------- what stays
@@ -148,7 +147,7 @@ def test_spread_of_a_replaced_map_goes_with_it(path):
     write_map(path, 1.0, elements=("superres_x10", "superres_x10_sd"), provenance=both)
     write_map(path, 2.0, overwrite=True)
     assert set(opened(path).images) == {"he", "superres_x10"}
-    assert set(store.provenance(path)) - {"he"} == {"superres_x10"}
+    assert set(catalogue.provenance(path)) - {"he"} == {"superres_x10"}
 
 
 @pytest.mark.parametrize("name", ["he", "HE"])
@@ -159,11 +158,11 @@ def test_measured_elements_stay(path, name):
 
 
 def test_elements_of_others_stay(path):
-    with store.quiet():
+    with catalogue.quiet():
         sdata = opened(path)
         sdata.labels["theirs"] = labels(1)
         sdata.write_element(
-            "theirs", sdata_formats=publishing.container(store.zarr_format(path)).get("sdata_formats")
+            "theirs", sdata_formats=publishing.container(catalogue.zarr_format(path)).get("sdata_formats")
         )
     with pytest.raises(StsrError, match="not a result of stsr"):
         publishing.publish(path, {"theirs": labels(2)}, {}, overwrite=True)
@@ -180,7 +179,7 @@ def test_publish_labels_and_tables_as_one_group(path):
     )
     sdata = opened(path)
     assert set(sdata.labels) == {"celltype_x10"} and set(sdata.tables) == {"gec_x10"}
-    assert store.provenance(path)["celltype_x10"]["a"] == 1.0
+    assert catalogue.provenance(path)["celltype_x10"]["a"] == 1.0
     assert nothing_beside(path)
 
 
@@ -189,9 +188,9 @@ def test_publish_labels_and_tables_as_one_group(path):
 
 def test_no_store(tmp_path):
     with pytest.raises(StsrError, match="stsr prepare"):
-        store.require_store(tmp_path / "none.zarr")
+        catalogue.require_store(tmp_path / "none.zarr")
     with pytest.raises(StsrError, match="not a SpatialData store"):
-        store.require_store(tmp_path)
+        catalogue.require_store(tmp_path)
 
 
 def test_create_refuses_what_is_there(tmp_path):
@@ -203,7 +202,7 @@ def test_create_refuses_what_is_there(tmp_path):
     publishing.create(
         path, opened(path), {"he": {"again": True}}, overwrite=True
     )  # lazy, from the same place
-    assert store.provenance(path)["he"]["again"] and set(opened(path).images) == {"he"}
+    assert catalogue.provenance(path)["he"]["again"] and set(opened(path).images) == {"he"}
     (tmp_path / "diary").mkdir()
     with pytest.raises(StsrError, match="not a SpatialData store"):
         publishing.create(tmp_path / "diary", section(), {}, overwrite=True)
@@ -235,7 +234,7 @@ def test_failure_inside_a_swap_is_undone(path, monkeypatch):
     monkeypatch.setattr(publishing, "_commit", fail)
     with pytest.raises(KeyboardInterrupt):
         write_map(path, 2.0, overwrite=True)
-    assert value_of(path) == 1.0 and store.provenance(path)["superres_x10"]["seed"] == 1
+    assert value_of(path) == 1.0 and catalogue.provenance(path)["superres_x10"]["seed"] == 1
     assert nothing_beside(path)
 
 
@@ -379,7 +378,7 @@ def test_kill_at_random_moments(path, nursery):
         assert all(len(values) == 1 for values in found.values())
         assert len({values[0] for values in found.values()}) <= 1  # both or neither
         for name, values in found.items():
-            assert store.provenance(path)[name]["value"] == values[0]
+            assert catalogue.provenance(path)[name]["value"] == values[0]
             seen.append(values[0])
     assert len(seen) > 5
     write_map(path, 77.0, overwrite=True)
@@ -396,7 +395,7 @@ def test_killed_create_is_done_again(tmp_path):
 
 
 def test_damaged_root_is_one_sentence(path):
-    file = path / (".zattrs" if store.zarr_format(path) == 2 else "zarr.json")
+    file = path / (".zattrs" if catalogue.zarr_format(path) == 2 else "zarr.json")
     file.write_text(json.dumps({"attributes": {}})[:-4])
     with pytest.raises(StsrError, match="damaged"):
-        store.provenance(path)
+        catalogue.provenance(path)

@@ -10,7 +10,7 @@ import numpy as np
 from stsr.errors import StsrError
 from stsr.histology import files as he
 from stsr.platforms.source import Cells, Chunk, Options, Source, Spots, Transcripts, choose_genes, control
-from stsr.store import catalogue as store
+from stsr.store import catalogue, names
 from stsr.store import discovery as foreign
 
 NAME = "spatialdata"
@@ -21,7 +21,7 @@ _EDGE_UM = 1e-2  # bins end before the next one begins
 
 def recognises(path: Path) -> bool:
     """Whether it is a zarr store with SpatialData's elements."""
-    return path.is_dir() and store.is_store(path) and bool(store.elements(path))
+    return path.is_dir() and catalogue.is_store(path) and bool(catalogue.elements(path))
 
 
 def read(path: Path, options: Options) -> Source:
@@ -61,7 +61,7 @@ def read(path: Path, options: Options) -> Source:
         raise StsrError(
             f"{path} holds neither an image, nor spots, nor transcripts; give a store of a section"
         )
-    made = section.provenance.get(store.SPOTS, {})
+    made = section.provenance.get(names.SPOTS, {})
     return Source(
         name=section.name,
         platform=NAME,
@@ -93,7 +93,7 @@ def _picture(section, options: Options) -> he.Picture | None:
     import dask.array as da
 
     images = section.sdata.images
-    name = store.HE if store.HE in images else foreign.find_image(section.sdata, section.frame)
+    name = names.HE if names.HE in images else foreign.find_image(section.sdata, section.frame)
     if name is None:
         return None
     px_to_um = foreign.affine(images[name], section.frame.name, section.frame.um_per_unit)
@@ -131,7 +131,7 @@ def _spots(sdata, frame, section, options: Options) -> Spots | None:
         keep
     ].copy()
     counts.obs_names_make_unique()
-    origin = section.provenance.get(store.SPOTS, {}).get("origin", store.MEASURED)
+    origin = section.provenance.get(names.SPOTS, {}).get("origin", names.MEASURED)
     return Spots(spots.centres_um[keep], spots.shape, spots.size_um, counts, origin)
 
 

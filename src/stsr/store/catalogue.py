@@ -1,4 +1,4 @@
-"""The section's store on disk: the only place that knows element names, and what is in a store without opening it.
+"""What is in a store, without opening it.
 
 A store is an ordinary SpatialData zarr store, in zarr 3 (container 0.2) or zarr 2 (container 0.1). Everything here
 reads small JSON files; spatialdata and zarr are not needed. Writing is in `stsr.store.publishing`.
@@ -9,113 +9,13 @@ from __future__ import annotations
 import io
 import json
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from stsr.errors import StsrError, UsageError
-from stsr.geometry.grid import LR_UM
-
-HE = "he"
-SPOTS = "spots"
-TISSUE = "tissue"
-CELLS = "cells"
-
-KINDS = ("images", "labels", "points", "shapes", "tables")
-ATTRS_KEY = "stsr"
-"""Root attribute with the provenance of every element that stsr wrote: {element: {...}}."""
-FRAME_KEY = "stsr_frame"
-"""Root attribute of stores that stsr created: {"coordinate_system": name, "um_per_unit": value}."""
-MEASURED = "measured"
-"""``origin`` in the provenance of an element that came from an instrument; such elements are never replaced."""
-RESULTS = ("predicted", "derived")
-"""``origin`` of what a method said of a section, and of what was computed from its elements."""
-
-_HR = re.compile(r"^hr_(\d+(?:\.\d+)?)um$")
-_SUPERRES = re.compile(r"^superres_x(\d+(?:\.\d+)?)$")
-_SPREAD = "_sd"
-
-
-# ----------------------------------------------------------------------------------------------------- names
-
-
-def table_name(element: str) -> str:
-    """Name of the table that annotates an element: ``spots`` -> ``spots_table``.
-
-    SpatialData 0.7 wants names unique over all kinds, so shapes and their table cannot share one.
-    """
-    return f"{element}_table"
-
-
-def hr_name(bin_um: float) -> str:
-    """Name of measured counts per bin: 10 -> ``hr_10um``."""
-    return f"hr_{bin_um:g}um"
-
-
-def superres_name(scale: float) -> str:
-    """Name of a super-resolved map: 10 -> ``superres_x10`` (bins of 100 um / 10)."""
-    return f"superres_x{scale:g}"
-
-
-def celltype_name(scale: float) -> str:
-    """Name of a cell type map: 10 -> ``celltype_x10``."""
-    return f"celltype_x{scale:g}"
-
-
-def gec_name(scale: float) -> str:
-    """Name of a gene expression correlation table: 10 -> ``gec_x10``."""
-    return f"gec_x{scale:g}"
-
-
-def cells_name(scale: float) -> str:
-    """Name of a cells x genes table: 10 -> ``cells_x10``."""
-    return f"cells_x{scale:g}"
-
-
-def spread_name(element: str) -> str:
-    """Name of the spread over samples that belongs to a map: ``superres_x10`` -> ``superres_x10_sd``."""
-    return element + _SPREAD
-
-
-def bin_um_of(element: str) -> float | None:
-    """Bin size in um that a map's name tells, or None when it tells none."""
-    if match := _HR.match(element):
-        return float(match[1])
-    if match := _SUPERRES.match(element.removesuffix(_SPREAD)):
-        return LR_UM / float(match[1])
-    return None
-
-
-def scale_of(element: str) -> float | None:
-    """Scale (100 um / bin size) that a map's name tells, or None."""
-    bin_um = bin_um_of(element)
-    return None if bin_um is None else LR_UM / bin_um
-
-
-def is_measured_name(element: str) -> bool:
-    """Whether the name is kept for measured data: ``he``, ``spots``, ``tissue``, ``cells``, their tables, ``hr_*``."""
-    base = element.lower().removesuffix("_table")
-    return base in (HE, SPOTS, TISSUE, CELLS) or base.startswith("hr_")
-
-
-def check_name(element: str) -> str:
-    """The name itself, if it can be an output's name.
-
-    Raises
-    ------
-    UsageError
-        If SpatialData would refuse it, or it is kept for measured data.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", element):
-        raise UsageError(f"an element cannot be called {element!r}; use letters, digits, '_', '-' and '.'")
-    if is_measured_name(element):
-        raise UsageError(f"the name {element!r} is kept for measured data; choose another with --name")
-    return element
-
-
-# ------------------------------------------------------------------------------------------ what a store holds
+from stsr.store import names
 
 
 def is_store(path) -> bool:
@@ -153,13 +53,13 @@ def elements(path) -> dict[str, str]:
     Follows what a reader sees: the consolidated metadata if there is any, else the folders.
     """
     path = Path(path)
-    names = _consolidated_names(path)
-    if names is None:
-        names = [f"{kind}/{child.name}" for kind in KINDS for child in _folders(path / kind)]
+    found_names = _consolidated_names(path)
+    if found_names is None:
+        found_names = [f"{kind}/{child.name}" for kind in names.KINDS for child in _folders(path / kind)]
     found = {}
-    for name in names:
+    for name in found_names:
         kind, _, element = name.partition("/")
-        if kind in KINDS and element and "/" not in element and (path / kind / element).is_dir():
+        if kind in names.KINDS and element and "/" not in element and (path / kind / element).is_dir():
             found[element] = kind
     return found
 
@@ -207,13 +107,13 @@ def image_metadata(path, element: str) -> tuple[list[str], list[str]]:
 
 def provenance(path) -> dict[str, dict]:
     """How each element that stsr wrote was made: {element: {"command": ..., "seed": ..., ...}}."""
-    found = root_attributes(path).get(ATTRS_KEY)
+    found = root_attributes(path).get(names.ATTRS_KEY)
     return found if isinstance(found, dict) else {}
 
 
 def is_result(entry: dict) -> bool:
     """Whether an element's provenance says that it is a result: neither measured nor simulated input."""
-    return entry.get("origin", MEASURED) in RESULTS
+    return entry.get("origin", names.MEASURED) in names.RESULTS
 
 
 def superres_elements(path) -> list[str]:
@@ -221,8 +121,8 @@ def superres_elements(path) -> list[str]:
     made = provenance(path)
 
     def is_map(name: str, kind: str) -> bool:
-        by_us = made.get(name, {}).get("command") == "superres" and not name.endswith(_SPREAD)
-        return kind == "images" and (by_us or bool(_SUPERRES.match(name)))
+        by_us = made.get(name, {}).get("command") == "superres" and not names.is_spread(name)
+        return kind == "images" and (by_us or names.is_superres(name))
 
     found = [name for name, kind in elements(path).items() if is_map(name, kind)]
     return sorted(found, key=lambda name: (made.get(name, {}).get("written", ""), name), reverse=True)
@@ -244,11 +144,11 @@ def newest_superres(path) -> str:
 
 def hr_elements(path) -> list[str]:
     """Measured counts per bin in the store, finest first."""
-    found = [name for name, kind in elements(path).items() if kind == "images" and _HR.match(name)]
-    return sorted(found, key=bin_um_of)
+    found = [name for name, kind in elements(path).items() if kind == "images" and names.is_hr(name)]
+    return sorted(found, key=names.bin_um_of)
 
 
-def check_free(path, names: list[str], overwrite: bool) -> None:
+def check_free(path, outputs: list[str], overwrite: bool) -> None:
     """Refuse outputs that would replace something that must stay.
 
     Raises
@@ -261,11 +161,16 @@ def check_free(path, names: list[str], overwrite: bool) -> None:
     path = Path(path)
     made = provenance(path)
     present = {name.lower(): name for name in elements(path)}  # spatialdata compares names without case
-    for name in names:
+    for name in outputs:
         old = present.get(name.lower())
         if old is None:
             continue
-        if old != name or old not in made or made[old].get("origin") == MEASURED or is_measured_name(old):
+        if (
+            old != name
+            or old not in made
+            or made[old].get("origin") == names.MEASURED
+            or names.is_measured_name(old)
+        ):
             raise StsrError(
                 f"{old!r} in {path.name} is not a result of stsr and stays as it is; choose another --name"
             )

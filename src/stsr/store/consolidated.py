@@ -11,14 +11,14 @@ import os
 import uuid
 from pathlib import Path
 
-from stsr.store import catalogue as names
+from stsr.store import catalogue
 
 
 def consolidate(store: Path) -> None:
     """Make the consolidated copy, reading every group and array of the store."""
     import zarr
 
-    with names.quiet():  # parquet files of shapes and points are no zarr, and zarr says so
+    with catalogue.quiet():  # parquet files of shapes and points are no zarr, and zarr says so
         zarr.consolidate_metadata(zarr.storage.LocalStore(store))
 
 
@@ -31,16 +31,16 @@ def entries_of(store: Path, elements: dict[str, str]) -> dict:
 
 def kind_entries(store: Path, kinds: set[str]) -> dict:
     """Consolidated metadata of the kinds' own groups, as they are on disk."""
-    files = (".zgroup", ".zattrs") if names.zarr_format(store) == 2 else ("zarr.json",)
-    found = {f"{kind}/{file}": names.load_json(store / kind / file) for kind in kinds for file in files}
+    files = (".zgroup", ".zattrs") if catalogue.zarr_format(store) == 2 else ("zarr.json",)
+    found = {f"{kind}/{file}": catalogue.load_json(store / kind / file) for kind in kinds for file in files}
     return {key.removesuffix("/zarr.json"): value for key, value in found.items() if value}
 
 
 def consolidated(store: Path) -> dict | None:
     """The consolidated copy, {key: metadata}, or None where there is none."""
-    if names.zarr_format(store) == 2:
-        return names.load_json(store / ".zmetadata").get("metadata")
-    found = names.load_json(store / "zarr.json").get("consolidated_metadata")
+    if catalogue.zarr_format(store) == 2:
+        return catalogue.load_json(store / ".zmetadata").get("metadata")
+    found = catalogue.load_json(store / "zarr.json").get("consolidated_metadata")
     return None if found is None else found["metadata"]
 
 
@@ -51,9 +51,9 @@ def edit_consolidated(
 
     ``also`` edits the root attributes in the same write (zarr 3 only, where both are one file).
     """
-    file = store / (".zmetadata" if names.zarr_format(store) == 2 else "zarr.json")
-    whole = names.load_json(file)
-    holder = whole if names.zarr_format(store) == 2 else whole.get("consolidated_metadata") or {}
+    file = store / (".zmetadata" if catalogue.zarr_format(store) == 2 else "zarr.json")
+    whole = catalogue.load_json(file)
+    holder = whole if catalogue.zarr_format(store) == 2 else whole.get("consolidated_metadata") or {}
     metadata = holder.get("metadata")
     if metadata is not None:
         folders = {f"{kind}/{name}" for name, kind in (drop or {}).items()}
@@ -63,8 +63,8 @@ def edit_consolidated(
         holder["metadata"] = {
             key: merged[key] for key in sorted(merged, key=lambda key: (key.count("/"), key))
         }
-        if names.zarr_format(store) == 2:
-            holder["metadata"][".zattrs"] = names.root_attributes(store)
+        if catalogue.zarr_format(store) == 2:
+            holder["metadata"][".zattrs"] = catalogue.root_attributes(store)
     if also is not None:
         also(whole.setdefault("attributes", {}))
     if metadata is not None or also is not None:
@@ -73,12 +73,12 @@ def edit_consolidated(
 
 def edit_root(store: Path, scratch: Path, edit) -> None:
     """Change root attributes in one atomic write per file."""
-    if names.zarr_format(store) == 3:
-        whole = names.load_json(store / "zarr.json")
+    if catalogue.zarr_format(store) == 3:
+        whole = catalogue.load_json(store / "zarr.json")
         edit(whole.setdefault("attributes", {}))
         write_json(store / "zarr.json", whole, scratch)
         return
-    attributes = names.root_attributes(store)
+    attributes = catalogue.root_attributes(store)
     edit(attributes)
     write_json(store / ".zattrs", attributes, scratch)
     edit_consolidated(store, scratch)
@@ -88,7 +88,7 @@ def list_labels(store: Path, scratch: Path) -> None:
     """OME-Zarr lists the labels in their group's attributes; other readers go by it."""
     group = store / "labels"
     file = group / (".zattrs" if (group / ".zgroup").exists() else "zarr.json")
-    whole = names.load_json(file)
+    whole = catalogue.load_json(file)
     attributes = whole if file.name == ".zattrs" else whole.get("attributes", {})
     holder = attributes.get("ome", attributes)
     present = (

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 
 from stsr.errors import StsrError
 from stsr.geometry.measurement import VISIUM_PITCH_UM, VISIUM_SPOT_UM
-from stsr.store import catalogue as names
+from stsr.store import catalogue, names
 
 _HD_BINS = re.compile(r"(?:square|bin)_?(\d{3})um", re.IGNORECASE)  # spatialdata_io.visium_hd: square_008um
 _CELL_NAMES = (names.CELLS, "cell_boundaries", "cell_circles", "nucleus_boundaries")
@@ -314,7 +314,7 @@ def _annotations(sdata) -> list[tuple[str, str]]:
     pairs = []
     made = sdata.attrs.get(names.ATTRS_KEY, {})
     for name, table in sdata.tables.items():
-        if names.is_result(made.get(name, {})):
+        if catalogue.is_result(made.get(name, {})):
             continue  # it annotates what was measured, and is no measurement itself
         regions = table.uns.get("spatialdata_attrs", {}).get("region") or []
         regions = [regions] if isinstance(regions, str) else list(regions)

@@ -9,8 +9,8 @@ import scipy.sparse as sp
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid, add_up
-from stsr.store import catalogue as names
 from stsr.store import discovery as foreign
+from stsr.store import names
 from stsr.store.parts import HighRes
 from stsr.store.section import Section
 

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import LR_UM, Grid
-from stsr.store import catalogue as names
+from stsr.store import names
 from stsr.store.section import Section
 
 _BLOCK_BYTES = 2**28  # of the float32 values of one block, places x genes

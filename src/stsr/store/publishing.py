@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from stsr.errors import StsrError, UsageError
-from stsr.store import catalogue as names
+from stsr.files import check_writable, disk_errors
+from stsr.store import catalogue, names
 from stsr.store.consolidated import (
     consolidate,
     consolidated,
@@ -35,16 +36,7 @@ from stsr.store.consolidated import (
     list_labels,
     write_json,
 )
-from stsr.store.workspace import (
-    JOURNAL,
-    Workspace,
-    check_writable,
-    disk_errors,
-    exchange,
-    locked,
-    move,
-    remove_path,
-)
+from stsr.store.workspace import JOURNAL, Workspace, exchange, locked, move, remove_path
 
 
 def create(
@@ -88,7 +80,7 @@ def create(
         if (work.path / "replaced.zarr").exists() and not store.exists():
             os.rename(work.path / "replaced.zarr", store)  # a killed run without an atomic exchange
         work.wipe()
-        with names.quiet():
+        with catalogue.quiet():
             sdata.write(work.new, update_sdata_path=False)
         consolidate(work.new)  # spatialdata does not, when it leaves the path of ``sdata`` alone
         record = {name: {"origin": names.MEASURED, **entry} for name, entry in provenance.items()}
@@ -128,12 +120,12 @@ def publish(path, elements: dict, provenance: dict[str, dict], overwrite: bool =
     StsrError
         If an element of that name was not made by stsr, or the store cannot be written to, or the disk is full.
     """
-    store = names.require_store(path)
+    store = catalogue.require_store(path)
     with disk_errors(store), Workspace(store, next(iter(elements))) as work:
         recover(store, work)
-        names.check_free(store, list(elements), overwrite)
+        catalogue.check_free(store, list(elements), overwrite)
         work.wipe()
-        write_elements(work.new, elements, names.zarr_format(store))
+        write_elements(work.new, elements, catalogue.zarr_format(store))
         swap(store, work, provenance, overwrite)
 
 
@@ -141,7 +133,7 @@ def write_elements(path: Path, elements: dict, zarr_format: int) -> None:
     """Write elements as a small store of their own, in the container format that goes with the zarr version."""
     from spatialdata import SpatialData
 
-    with names.quiet():
+    with catalogue.quiet():
         SpatialData.init_from_elements(elements).write(path, **container(zarr_format))
 
 
@@ -162,23 +154,23 @@ def swap(store: Path, work: Workspace, provenance: dict[str, dict], overwrite: b
     UsageError, StsrError
         As `publish`; the store is then as it was.
     """
-    made = names.elements(work.new)  # {name: kind}
+    made = catalogue.elements(work.new)  # {name: kind}
     with locked(store):
         _recover_all(store, work)
         if consolidated(store) is None:
             consolidate(store)  # without it readers go by the folders, and see them come one by one
-        names.check_free(store, list(made), overwrite)
-        present = names.elements(store)
+        catalogue.check_free(store, list(made), overwrite)
+        present = catalogue.elements(store)
         # The spread of a map that is replaced goes with it: it would describe another map.
         spreads = [names.spread_name(name) for name in made]
-        ours = [name for name in spreads if name in names.provenance(store)]
+        ours = [name for name in spreads if name in catalogue.provenance(store)]
         replaced = {name: present[name] for name in (*made, *ours) if name in present}
         journal = {
             "token": uuid.uuid4().hex,
             "new": made,
             "old": replaced,
             "old_entries": entries_of(store, replaced),
-            "old_provenance": {name: names.provenance(store).get(name, {}) for name in replaced},
+            "old_provenance": {name: catalogue.provenance(store).get(name, {}) for name in replaced},
             "provenance": {name: _plain(provenance.get(name, {})) for name in made},
         }
         write_json(work.path / JOURNAL, journal, work.path)
@@ -214,7 +206,7 @@ def _commit(store: Path, work: Workspace, journal: dict) -> None:
             root, journal["old"], {name: {**entry, **stamp} for name, entry in journal["provenance"].items()}
         )
 
-    if names.zarr_format(store) == 2:
+    if catalogue.zarr_format(store) == 2:
         edit_root(store, work.path, record)
         edit_consolidated(store, work.path, add=entries)
     else:
@@ -244,7 +236,7 @@ def _settle(store: Path, work: Workspace) -> None:
         journal = json.loads((work.path / JOURNAL).read_text())
     except FileNotFoundError:
         return
-    done = names.provenance(store)
+    done = catalogue.provenance(store)
     if any(done.get(name, {}).get("token") == journal["token"] for name in journal["new"]):
         _commit(store, work, journal)  # again: zarr 2 may lack its consolidated half
         work.wipe()
@@ -296,7 +288,7 @@ def _check_target(store: Path, shown, overwrite: bool) -> None:
         raise StsrError(f"there is no folder {store.parent}; make it, or choose another --output")
     if not store.exists():
         return
-    if not names.is_store(store):
+    if not catalogue.is_store(store):
         raise StsrError(f"{shown} is there and is not a SpatialData store; choose another --output")
     if not overwrite:
         raise UsageError(f"{shown} exists; add --overwrite to replace it, or choose another --output")

@@ -10,7 +10,7 @@ import numpy as np
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import LR_UM, Grid
 from stsr.histology.image import Image
-from stsr.store import catalogue as names
+from stsr.store import catalogue, names
 from stsr.store import discovery as foreign
 from stsr.store.arrays import Stored
 from stsr.store.discovery import Frame
@@ -32,7 +32,7 @@ def open_section(path, um_per_unit: float | None = None, coordinate_system: str 
     StsrError
         If there is no SpatialData store at ``path``.
     """
-    return Section(names.require_store(path), um_per_unit, coordinate_system)
+    return Section(catalogue.require_store(path), um_per_unit, coordinate_system)
 
 
 class Section:
@@ -60,7 +60,7 @@ class Section:
         from spatialdata import read_zarr
 
         try:
-            with names.quiet():
+            with catalogue.quiet():
                 return read_zarr(self.path)
         except Exception as error:  # spatialdata lets through whatever its many readers raise
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -77,7 +77,7 @@ class Section:
         StsrError
             If the um per unit cannot be found.
         """
-        own = names.root_attributes(self.path).get(names.FRAME_KEY) or {}
+        own = catalogue.root_attributes(self.path).get(names.FRAME_KEY) or {}
         system = self._coordinate_system or own.get("coordinate_system")
         um_per_unit = self._um_per_unit or own.get("um_per_unit")
         if system and um_per_unit:
@@ -87,12 +87,12 @@ class Section:
     @property
     def provenance(self) -> dict[str, dict]:
         """How each element that stsr wrote was made."""
-        return names.provenance(self.path)
+        return catalogue.provenance(self.path)
 
     @property
     def elements(self) -> dict[str, str]:
         """{name: kind} of everything in the store."""
-        return names.elements(self.path)
+        return catalogue.elements(self.path)
 
     @cached_property
     def image(self) -> Image | None:
@@ -116,7 +116,7 @@ class Section:
         geometry, rows = foreign.annotated(self.sdata, shapes, table)
         centres, sizes, shape = foreign.outline(geometry, self._to_um(self.sdata.shapes[shapes]))
         size = float(np.median(sizes)) if len(sizes) else LR_UM
-        if names.FRAME_KEY not in names.root_attributes(self.path):
+        if names.FRAME_KEY not in catalogue.root_attributes(self.path):
             size = foreign.true_size(centres, size, shape)
         annotation = self.sdata.tables[table]
         counts, genes = foreign.raw_counts(annotation, rows, self.path.name)
@@ -125,7 +125,7 @@ class Section:
     @cached_property
     def hr(self) -> HighRes | None:
         """The finest measured counts per bin, ``hr_*um``, or None."""
-        found = names.hr_elements(self.path)
+        found = catalogue.hr_elements(self.path)
         return self.map(found[0]) if found else None
 
     def map(self, element: str) -> HighRes:
@@ -143,7 +143,7 @@ class Section:
             raise UsageError(
                 f"{self.path.name} has no map {element!r}; it has: {', '.join(images) or 'no images'}"
             )
-        _, genes = names.image_metadata(self.path, element)
+        _, genes = catalogue.image_metadata(self.path, element)
         array = self.arrays("images", element)[0]
         to_um = self._to_um(self.sdata.images[element])
         skew = max(abs(to_um[0, 1]), abs(to_um[1, 0]), abs(to_um[0, 0] - to_um[1, 1]))
@@ -158,7 +158,7 @@ class Section:
 
     def arrays(self, kind: str, element: str) -> list[Stored]:
         """An element's levels as arrays on disk, fine to coarse: dask's graph would cost more than a tile."""
-        levels, _ = names.image_metadata(self.path, element)
+        levels, _ = catalogue.image_metadata(self.path, element)
         return [Stored(self.path / kind / element / level) for level in levels]
 
     @cached_property

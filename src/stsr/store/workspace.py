@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stsr.errors import StsrError
+from stsr.files import check_writable
 
 JOURNAL = "swap.json"
 """Kept in a workspace while a publication is under way; see `stsr.store.publishing`."""
@@ -24,8 +25,6 @@ _NO_LOCKS = {
     errno.ENOSYS,
     errno.EOPNOTSUPP,
 }  # file systems without locks: one writer at a time, then
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class Workspace:
@@ -94,45 +93,6 @@ class Workspace:
             self.wipe()
             shutil.rmtree(self.path, ignore_errors=True)
         self.release()
-
-
-def check_writable(path) -> None:
-    """Fail early where a store cannot be written to.
-
-    Raises
-    ------
-    StsrError
-        If the store or the folder it lies in is read-only.
-    """
-    store = Path(path).resolve()
-    for place in (store, store.parent):
-        if place.exists() and not os.access(place, os.W_OK):
-            raise StsrError(f"cannot write to {place}: it is read-only; write elsewhere with --output")
-
-
-@contextmanager
-def disk_errors(path) -> Iterator[None]:
-    """Turn a full or read-only disk into one sentence.
-
-    Raises
-    ------
-    StsrError
-        For ENOSPC, EDQUOT, EACCES, EPERM and EROFS; other errors pass.
-    """
-    try:
-        yield
-    except OSError as error:
-        number = error.errno
-        if number in _FULL or "No space left" in str(error):
-            raise StsrError(
-                f"the disk of {Path(path).parent} is full; free some space or write elsewhere"
-            ) from error
-        if number in _FORBIDDEN:
-            place = error.filename or path
-            raise StsrError(
-                f"cannot write to {place}: permission denied; write elsewhere with --output"
-            ) from error
-        raise
 
 
 @contextmanager

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from stsr.errors import StsrError
+from stsr.files import disk_errors
 from stsr.geometry.grid import Grid
-from stsr.store import catalogue as names
-from stsr.store import publishing
+from stsr.store import catalogue, names, publishing
 from stsr.store.consolidated import consolidate
-from stsr.store.workspace import Workspace, disk_errors
+from stsr.store.workspace import Workspace
 
 CHUNKS = (16, 256, 256)
 """Genes, rows and columns of a chunk. Blocks on these borders are written without reading anything back."""
@@ -66,7 +66,7 @@ class MapWriter:
         provenance: dict[str, dict] | None = None,
         overwrite: bool = False,
     ):
-        self.store = names.require_store(path)
+        self.store = catalogue.require_store(path)
         self.elements = [names.check_name(element) for element in elements]
         self.genes = [str(gene) for gene in genes]
         self.grid = grid
@@ -93,7 +93,7 @@ class MapWriter:
             self._work.keep = (self._work.path / _DIGEST).exists()  # a refusal costs no finished block
             try:
                 publishing.recover(self.store, self._work)
-                names.check_free(self.store, self.elements, self._overwrite)
+                catalogue.check_free(self.store, self.elements, self._overwrite)
                 digest = self._digest()
                 if not self._resume(digest):
                     self._work.keep = False
@@ -178,14 +178,14 @@ class MapWriter:
 
     def _allocate(self) -> None:
         """Elements without data: spatialdata writes their metadata for a tiny image, then arrays and sizes grow."""
-        version = names.zarr_format(self.store)
+        version = catalogue.zarr_format(self.store)
         levels = self._levels()
         publishing.write_elements(
             self._work.new, {name: self._tiny(len(levels)) for name in self.elements}, version
         )
         for element in self.elements:
             folder = self._work.new / "images" / element
-            paths, _ = names.image_metadata(self._work.new, element)
+            paths, _ = catalogue.image_metadata(self._work.new, element)
             for level, path in zip(levels, paths, strict=True):
                 shutil.rmtree(folder / path)
                 _allocate_array(folder, path, (len(self.genes), *level), version)
@@ -201,7 +201,7 @@ class MapWriter:
         frame = open_section(self.store).frame
         matrix = np.diag([1 / frame.um_per_unit, 1 / frame.um_per_unit, 1.0]) @ self.grid.bin_to_um
         side = 2**levels
-        with names.quiet():
+        with catalogue.quiet():
             return Image2DModel.parse(
                 np.zeros((1, side, side), np.float32),
                 dims=("c", "y", "x"),
@@ -214,7 +214,7 @@ class MapWriter:
         import zarr
 
         for element in self.elements:
-            paths, _ = names.image_metadata(self._work.new, element)
+            paths, _ = catalogue.image_metadata(self._work.new, element)
             self._arrays[element] = zarr.open_array(self._work.new / "images" / element / paths[0], mode="r+")
 
     def _build_pyramid(self, element: str) -> None:
@@ -222,7 +222,7 @@ class MapWriter:
         import zarr
 
         folder = self._work.new / "images" / element
-        paths, _ = names.image_metadata(self._work.new, element)
+        paths, _ = catalogue.image_metadata(self._work.new, element)
         for fine_path, coarse_path in pairwise(paths):
             fine, coarse = (
                 zarr.open_array(folder / fine_path, mode="r"),

@@ -20,7 +20,7 @@ import tifffile
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid, add_up
 from stsr.simulate import simulate_tissue, write_visium, write_xenium
-from stsr.store import catalogue as store
+from stsr.store import catalogue
 from stsr.store.section import open_section
 from stsr.verbs.prepare.verb import prepare
 
@@ -151,13 +151,13 @@ def test_bins_genes_and_quality_are_options(folder, tissue, tmp_path):
     assert section.hr.grid.bin_um == 20 and set(section.hr.genes) == {"LUM", "GATA3"}
     names = np.array(tissue.features)[tissue.transcripts.feature]
     assert section.hr.read(["LUM"]).sum() == (names == "LUM").sum()
-    assert store.hr_elements(section.path) == ["hr_20um"]
+    assert catalogue.hr_elements(section.path) == ["hr_20um"]
 
 
 def test_default_output_is_the_folders_name_here(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(prepare(folder)) == "run.zarr"
-    assert store.is_store(tmp_path / "run.zarr")
+    assert catalogue.is_store(tmp_path / "run.zarr")
 
 
 def test_progress_and_warnings_are_told(folder, tmp_path, broken):

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from stsr.errors import StsrError, UsageError
-from stsr.store import catalogue as names
+from stsr.store import catalogue, names
 from stsr.store.places import Bins, Cells, newest_cells
 from stsr.store.publishing import publish
 from stsr.store.section import Section, open_section
@@ -141,7 +141,7 @@ def celltype(
     section = open_section(store)
     places = _places(section, source, per)
     elements = _elements(places, name)
-    names.check_free(section.path, elements, overwrite)
+    catalogue.check_free(section.path, elements, overwrite)
     learned = _learn(places, markers, reference, label_key, resolution, min_counts, seed)
     signatures = learned.signatures
     for note in signatures.notes:
@@ -203,7 +203,7 @@ def _check(markers, reference, label_key, per, min_probability, min_counts, draw
 def _places(section: Section, source: str | None, per: str) -> Bins | Cells:
     if per == "cell":
         return Cells(section, source or newest_cells(section))
-    places = Bins(section, source or names.newest_superres(section.path))
+    places = Bins(section, source or catalogue.newest_superres(section.path))
     if not len(places):
         raise StsrError(
             f"{places.element!r} in {section.path.name} has no bin in tissue; prepare the section again"

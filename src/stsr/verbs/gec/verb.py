@@ -11,7 +11,7 @@ import numpy as np
 
 from stsr.errors import UsageError
 from stsr.geometry.grid import LR_UM
-from stsr.store import catalogue as names
+from stsr.store import catalogue, names
 from stsr.store.gec_places import BinPlaces, CellPlaces, bins_of, cells_of, newest_cells, spots_of
 from stsr.store.publishing import publish
 from stsr.store.section import Section, open_section
@@ -188,7 +188,7 @@ def _check_wishes(per, bin_um, top, truth, beside, denoise_truth) -> None:
 def _places(section: Section, source, per: str, bin_um, region) -> BinPlaces | CellPlaces:
     if per == "cell":
         return cells_of(section, source or newest_cells(section), region)
-    return bins_of(section, source or names.newest_superres(section.path), bin_um, region)
+    return bins_of(section, source or catalogue.newest_superres(section.path), bin_um, region)
 
 
 def _bin_um(places) -> float | None:
@@ -199,7 +199,7 @@ def _free_name(section: Section, name: str | None, places, overwrite: bool) -> s
     """The result's name, if it can be written."""
     bin_um = _bin_um(places)
     element = names.check_name(name or ("gec_cells" if bin_um is None else names.gec_name(LR_UM / bin_um)))
-    names.check_free(section.path, [element], overwrite)
+    catalogue.check_free(section.path, [element], overwrite)
     return element
 
 
@@ -223,7 +223,7 @@ def _others(section: Section, places, truth: str | None, beside) -> list:
 def _interpolated(section: Section, places: BinPlaces) -> list[str]:
     """Maps by interpolation that can stand beside: they nest in the bins and cover them."""
     found = []
-    for name in names.superres_elements(section.path):
+    for name in catalogue.superres_elements(section.path):
         if section.provenance.get(name, {}).get("method") in _BASELINES and name != places.name:
             try:
                 BinPlaces(name, section.map(name), places.grid, places.number)

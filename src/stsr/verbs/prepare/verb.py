@@ -13,12 +13,11 @@ from stsr import platforms
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import LR_UM, Grid, bins_per_lr
 from stsr.geometry.measurement import Measurement
-from stsr.histology import files as histology
 from stsr.histology import tissue
+from stsr.histology.files import Picture
 from stsr.platforms.source import Options, Source, Spots
-from stsr.store import catalogue as store
-from stsr.store import elements, publishing
-from stsr.verbs.prepare import registration
+from stsr.store import elements, names, publishing
+from stsr.verbs.prepare import fit, registration
 from stsr.verbs.prepare.counting import SPOT_KINDS, Counted, count, grid_over
 
 Progress = Callable[[str, float], None]
@@ -171,15 +170,15 @@ def _assemble(source: Source, measured: _Measured, refine: bool):
         if refine and measured.counted is not None:
             picture, refined = _refine(picture, measured)
             facts |= refined
-        parts[store.HE] = elements.he_image(picture)
-        provenance[store.HE] = facts
+        parts[names.HE] = elements.he_image(picture)
+        provenance[names.HE] = facts
     if measured.spots is not None:
         doubts += _check_depth(measured.spots)
         _add_spots(measured.spots, parts, provenance)
     if measured.counted is not None:
         _add_counts(measured.counted, source.genes, parts, provenance)
-    parts[store.TISSUE] = elements.tissue_labels(measured.mask, measured.grid)
-    provenance[store.TISSUE] = {
+    parts[names.TISSUE] = elements.tissue_labels(measured.mask, measured.grid)
+    provenance[names.TISSUE] = {
         "units": "1 in tissue",
         "from": measured.mask_from,
         "area_mm2": round(float(measured.mask.sum()) * measured.grid.bin_um**2 / 1e6, 4),
@@ -199,14 +198,14 @@ def _check_picture(source: Source, measured: _Measured) -> tuple[dict, list[str]
     if not measured.counts.any():
         return facts, []
     by_spots = measured.counted is None
-    share = histology.overlap(
+    share = fit.overlap(
         source.picture, measured.counts, measured.grid, "spots" if by_spots else "transcripts"
     )
-    agreement, doubts = histology.fit(source.picture, measured.counts, measured.grid, sparse=by_spots)
+    agreement, doubts = fit.fit(source.picture, measured.counts, measured.grid, sparse=by_spots)
     return facts | {"overlap": round(share, 4), "staining_follows_counts": round(agreement, 4)}, doubts
 
 
-def _refine(picture: histology.Picture, measured: _Measured) -> tuple[histology.Picture, dict]:
+def _refine(picture: Picture, measured: _Measured) -> tuple[Picture, dict]:
     """The image where its nuclei and the transcripts fall together, and by how much it moved."""
     found = registration.refine(
         lambda px_to_um, grid: replace(picture, px_to_um=px_to_um).on(grid),
@@ -233,22 +232,22 @@ def _check_depth(spots: Spots) -> list[str]:
 
 
 def _add_spots(spots: Spots, parts: dict, provenance: dict) -> None:
-    name = store.table_name(store.SPOTS)
-    names = spots.counts.obs_names.to_numpy()
-    parts[store.SPOTS] = elements.spot_shapes(spots.centres_um, spots.shape, spots.size_um, names)
-    parts[name] = elements.table(spots.counts, store.SPOTS, spots.centres_um)
+    name = names.table_name(names.SPOTS)
+    barcodes = spots.counts.obs_names.to_numpy()
+    parts[names.SPOTS] = elements.spot_shapes(spots.centres_um, spots.shape, spots.size_um, barcodes)
+    parts[name] = elements.table(spots.counts, names.SPOTS, spots.centres_um)
     facts = {
         "origin": spots.origin,
         "shape": spots.shape,
         "size_um": spots.size_um,
         "counts": int(spots.counts.X.sum()),
     }
-    provenance[store.SPOTS] = {**facts, "units": "um"}
+    provenance[names.SPOTS] = {**facts, "units": "um"}
     provenance[name] = {**facts, "units": "raw counts"}
 
 
 def _add_counts(counted: Counted, genes: list[str], parts: dict, provenance: dict) -> None:
-    name = store.hr_name(counted.grid.bin_um)
+    name = names.hr_name(counted.grid.bin_um)
     parts[name] = elements.count_image(counted.counter, counted.grid, genes)
     provenance[name] = {
         "units": "raw counts per bin",
@@ -262,13 +261,13 @@ def _add_counts(counted: Counted, genes: list[str], parts: dict, provenance: dic
 def _add_cells(source: Source, parts: dict, provenance: dict) -> None:
     if source.cells is None:
         return
-    parts[store.CELLS] = elements.cell_shapes(source.cells.outlines)
-    provenance[store.CELLS] = {"units": "um"}
+    parts[names.CELLS] = elements.cell_shapes(source.cells.outlines)
+    provenance[names.CELLS] = {"units": "um"}
     if source.cells.counts is not None:
-        name = store.table_name(store.CELLS)
+        name = names.table_name(names.CELLS)
         centroids = source.cells.outlines.geometry.centroid
         centres = np.stack([centroids.x, centroids.y], axis=1)
-        parts[name] = elements.table(source.cells.counts, store.CELLS, centres)
+        parts[name] = elements.table(source.cells.counts, names.CELLS, centres)
         provenance[name] = {"units": "raw counts", "counts": int(source.cells.counts.X.sum())}
 
 

@@ -13,7 +13,7 @@ import shapely
 from stsr.errors import StsrError, UsageError
 from stsr.files import reading
 from stsr.geometry.outlines import areas, moved, polygonal, rings, traced
-from stsr.store import catalogue as names
+from stsr.store import catalogue, names
 from stsr.store import discovery as foreign
 
 UM, PX = "um", "px"
@@ -131,7 +131,7 @@ def measured_counts(section, segmentation: Segmentation):
         measured in these cells, or not as raw counts.
     """
     sdata, element = section.sdata, segmentation.element
-    made = {name for name, entry in section.provenance.items() if names.is_result(entry)}
+    made = {name for name, entry in section.provenance.items() if catalogue.is_result(entry)}
     tables = [
         name
         for name, table in sdata.tables.items()

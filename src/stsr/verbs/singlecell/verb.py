@@ -16,9 +16,8 @@ import shapely
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import LR_UM, Grid
-from stsr.store import catalogue as names
+from stsr.store import catalogue, names, publishing
 from stsr.store import discovery as foreign
-from stsr.store import publishing
 from stsr.store.elements import INSTANCE, REGION
 from stsr.store.parts import HighRes
 from stsr.store.section import Section, open_section
@@ -153,7 +152,7 @@ def singlecell(
     if sum([cells is not None, segmentation is not None, segment]) > 1:
         raise UsageError("--cells, --segmentation and --segment exclude each other; give one of them")
     shapes = f"{element}_shapes" if segmentation is not None or segment else None
-    names.check_free(section.path, [element, shapes] if shapes else [element], overwrite)
+    catalogue.check_free(section.path, [element, shapes] if shapes else [element], overwrite)
     found = _find_cells(
         section, bins.grid, cells, segmentation, coordinates, segment, expand_um, progress, notes
     )
@@ -193,9 +192,9 @@ def _layer(section: Section, asked: str | None) -> str:
     """The map to read."""
     if asked is None:
         try:
-            return names.newest_superres(section.path)
+            return catalogue.newest_superres(section.path)
         except StsrError as error:
-            measured = names.hr_elements(section.path)
+            measured = catalogue.hr_elements(section.path)
             raise StsrError(f"{error}, or add --from {measured[0]}" if measured else str(error)) from None
     spread_of = asked.removesuffix(names.spread_name(""))
     if spread_of != asked and spread_of in section.elements:

@@ -11,13 +11,14 @@ import torch
 
 from stsr import checkpoint
 from stsr.errors import StsrError, UsageError
-from stsr.genes import mixtures, wanted_genes
+from stsr.genes import wanted_genes
 from stsr.geometry.grid import LR_UM, Grid
 from stsr.geometry.measurement import Measurement
 from stsr.methods import method_class
 from stsr.methods.method import Method
-from stsr.store import catalogue as names
+from stsr.store import names
 from stsr.store.section import Section
+from stsr.verbs.superres.mixtures import mixtures
 from stsr.version import __version__
 
 DEFAULT_SAMPLES = 4

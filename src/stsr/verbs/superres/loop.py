@@ -11,9 +11,10 @@ import torch
 from stsr.diffusion.noise import Noise, TileNoise
 from stsr.errors import StsrError
 from stsr.geometry.grid import Grid, add_up
-from stsr.methods.batch import Batch, Field
+from stsr.methods.batch import Batch
 from stsr.signals import Interrupted, Interruption
 from stsr.store.writer import CHUNKS, MapWriter
+from stsr.verbs.superres.field import Field
 from stsr.verbs.superres.job import Task, plural
 from stsr.verbs.superres.tiles import Canvas, Tile, plan
 

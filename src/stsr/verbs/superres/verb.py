@@ -12,10 +12,11 @@ from pathlib import Path
 
 from stsr.device import resolve_device
 from stsr.errors import UsageError
+from stsr.files import disk_errors
 from stsr.signals import Interrupted, interruptible
-from stsr.store import catalogue as names
+from stsr.store import catalogue
 from stsr.store.section import Section, open_section
-from stsr.store.workspace import Workspace, disk_errors
+from stsr.store.workspace import Workspace
 from stsr.verbs.superres.job import check_included, configure_sampling, load, make_task
 from stsr.verbs.superres.loop import Progress, Run
 
@@ -151,7 +152,7 @@ def _check_output(section: Section, output) -> None:
         raise UsageError(f"there is no folder {target.parent}; make it, or choose another --output")
     if not os.path.lexists(target):
         return
-    if not names.is_store(target):
+    if not catalogue.is_store(target):
         raise UsageError(f"{output} exists and is no section store; choose another --output")
     if _measured(target) != _measured(section.path):
         raise UsageError(
@@ -161,9 +162,9 @@ def _check_output(section: Section, output) -> None:
 
 def _measured(store: Path) -> dict:
     """What tells a section: its elements that are no result, with their provenance and attributes."""
-    made = names.provenance(store)
-    kept = [name for name in names.elements(store) if not names.is_result(made.get(name, {}))]
-    return {name: (made.get(name), names.element_attributes(store, name)) for name in kept}
+    made = catalogue.provenance(store)
+    kept = [name for name in catalogue.elements(store) if not catalogue.is_result(made.get(name, {}))]
+    return {name: (made.get(name), catalogue.element_attributes(store, name)) for name in kept}
 
 
 @contextmanager

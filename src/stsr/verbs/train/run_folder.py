@@ -15,8 +15,8 @@ import torch
 
 from stsr.checkpoint import read_tensors, write_tensors
 from stsr.errors import StsrError, UsageError
+from stsr.files import disk_errors
 from stsr.methods.method import Method
-from stsr.store.workspace import disk_errors
 
 
 @dataclass

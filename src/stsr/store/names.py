@@ -1,0 +1,114 @@
+"""Names of elements, and of what stsr keeps in the attributes of a store."""
+
+from __future__ import annotations
+
+import re
+
+from stsr.errors import UsageError
+from stsr.geometry.grid import LR_UM
+
+HE = "he"
+SPOTS = "spots"
+TISSUE = "tissue"
+CELLS = "cells"
+KINDS = ("images", "labels", "points", "shapes", "tables")
+ATTRS_KEY = "stsr"
+"""Root attribute with the provenance of every element that stsr wrote: {element: {...}}."""
+FRAME_KEY = "stsr_frame"
+"""Root attribute of stores that stsr created: {"coordinate_system": name, "um_per_unit": value}."""
+MEASURED = "measured"
+"""``origin`` in the provenance of an element that came from an instrument; such elements are never replaced."""
+RESULTS = ("predicted", "derived")
+"""``origin`` of what a method said of a section, and of what was computed from its elements."""
+_HR = re.compile(r"^hr_(\d+(?:\.\d+)?)um$")
+_SUPERRES = re.compile(r"^superres_x(\d+(?:\.\d+)?)$")
+_SPREAD = "_sd"
+
+
+def table_name(element: str) -> str:
+    """Name of the table that annotates an element: ``spots`` -> ``spots_table``.
+
+    SpatialData 0.7 wants names unique over all kinds, so shapes and their table cannot share one.
+    """
+    return f"{element}_table"
+
+
+def hr_name(bin_um: float) -> str:
+    """Name of measured counts per bin: 10 -> ``hr_10um``."""
+    return f"hr_{bin_um:g}um"
+
+
+def superres_name(scale: float) -> str:
+    """Name of a super-resolved map: 10 -> ``superres_x10`` (bins of 100 um / 10)."""
+    return f"superres_x{scale:g}"
+
+
+def celltype_name(scale: float) -> str:
+    """Name of a cell type map: 10 -> ``celltype_x10``."""
+    return f"celltype_x{scale:g}"
+
+
+def gec_name(scale: float) -> str:
+    """Name of a gene expression correlation table: 10 -> ``gec_x10``."""
+    return f"gec_x{scale:g}"
+
+
+def cells_name(scale: float) -> str:
+    """Name of a cells x genes table: 10 -> ``cells_x10``."""
+    return f"cells_x{scale:g}"
+
+
+def spread_name(element: str) -> str:
+    """Name of the spread over samples that belongs to a map: ``superres_x10`` -> ``superres_x10_sd``."""
+    return element + _SPREAD
+
+
+def bin_um_of(element: str) -> float | None:
+    """Bin size in um that a map's name tells, or None when it tells none."""
+    if match := _HR.match(element):
+        return float(match[1])
+    if match := _SUPERRES.match(element.removesuffix(_SPREAD)):
+        return LR_UM / float(match[1])
+    return None
+
+
+def scale_of(element: str) -> float | None:
+    """Scale (100 um / bin size) that a map's name tells, or None."""
+    bin_um = bin_um_of(element)
+    return None if bin_um is None else LR_UM / bin_um
+
+
+def is_measured_name(element: str) -> bool:
+    """Whether the name is kept for measured data: ``he``, ``spots``, ``tissue``, ``cells``, their tables, ``hr_*``."""
+    base = element.lower().removesuffix("_table")
+    return base in (HE, SPOTS, TISSUE, CELLS) or base.startswith("hr_")
+
+
+def check_name(element: str) -> str:
+    """The name itself, if it can be an output's name.
+
+    Raises
+    ------
+    UsageError
+        If SpatialData would refuse it, or it is kept for measured data.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", element):
+        raise UsageError(f"an element cannot be called {element!r}; use letters, digits, '_', '-' and '.'")
+    if is_measured_name(element):
+        raise UsageError(f"the name {element!r} is kept for measured data; choose another with --name")
+    return element
+
+
+def is_hr(element: str) -> bool:
+    """Whether a name is one of measured counts per bin: ``hr_10um``."""
+    return bool(_HR.match(element))
+
+
+def is_superres(element: str) -> bool:
+    """Whether a name is one that super-resolved maps have by default: ``superres_x10``."""
+    return bool(_SUPERRES.match(element))
+
+
+def is_spread(element: str) -> bool:
+    """Whether a name is one of a spread over samples: ``superres_x10_sd``."""
+    return element.endswith(_SPREAD)
