@@ -11,7 +11,7 @@ import stsr
 
 PACKAGE = Path(stsr.__file__).parent
 
-GROUND = {"files", "genes", "errors", "version"}
+GROUND = {"files", "genes", "errors", "progress", "version"}
 """Modules that import nothing of stsr but each other."""
 
 ALLOWED = {

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from stsr.errors import StsrError, UsageError
-from stsr.files import disk_errors
+from stsr.files import replacing
 from stsr.methods import method_class
 from stsr.methods.method import Method, config_dict, configured
 from stsr.version import __version__
@@ -192,28 +191,19 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: di
     from safetensors.torch import save as as_bytes
 
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that what a kill left is written over
     # Clones, as safetensors refuses tensors that share memory, and one layout, as it keeps no strides.
     apart = {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in tensors.items()
     }
+    whole = {**header, _SUM: _sum(apart)}
     try:
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                whole = {**header, _SUM: _sum(apart)}
-                file.write(as_bytes(apart, metadata={_KEY: json.dumps(whole, sort_keys=True)}))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(as_bytes(apart, metadata={_KEY: json.dumps(whole, sort_keys=True)}))
     except OSError as error:
         raise StsrError(
             f"cannot write {path} ({error.strerror or error}); write elsewhere with --output"
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -1,14 +1,16 @@
-"""Files as people hand them over: found by pattern, and refused in a sentence when they are damaged."""
+"""Reading files that may be damaged, and writing files that appear whole or not at all."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from stsr.errors import StsrError
 
@@ -76,6 +78,7 @@ def need(folder: Path, *patterns: str, what: str) -> Path:
     return found
 
 
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # file systems without locks
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -117,3 +120,40 @@ def disk_errors(path) -> Iterator[None]:
                 f"cannot write to {place}: permission denied; write elsewhere with --output"
             ) from error
         raise
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Write a file in one step: yields a temporary path beside it, which replaces it when the block ends well.
+
+    The temporary name depends on the file alone, so what a killed process left is overwritten by the next.
+
+    Raises
+    ------
+    StsrError
+        As `disk_errors`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def lock(handle: IO) -> bool:
+    """Lock an open file for this process until it is closed; False if another process holds it.
+
+    On file systems without locks everyone succeeds: one writer at a time, then.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _NO_LOCKS
+    return True

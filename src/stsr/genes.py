@@ -1,12 +1,44 @@
-"""Gene names as users write them, and genes outside a panel as mixtures of panel genes whose spots behave alike."""
+"""Gene names as users write them."""
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from stsr.errors import StsrError, UsageError
+from stsr.errors import StsrError, UsageError, did_you_mean
+
+ALL_GENES = "all"
+_NEAR = 3  # names offered for one that is unknown
+
+
+def listed_genes(asked: Sequence[str] | None) -> list[str] | None:
+    """The gene names in a user's words.
+
+    Parameters
+    ----------
+    asked
+        Names, lists of names separated by commas, semicolons or spaces, or ``@FILE`` with such lists; in the file
+        ``#`` starts a comment.
+
+    Returns
+    -------
+    names
+        In the order given, each once; ``["all"]`` if ``all`` is among them; None if nothing was asked for.
+
+    Raises
+    ------
+    UsageError
+        If a file cannot be read or no name is given.
+    """
+    if not asked:
+        return None
+    names: list[str] = []
+    for entry in asked:
+        names += _in_file(Path(entry[1:])) if entry.startswith("@") else _split(entry)
+    if not names:
+        raise UsageError("--genes names no gene; give names, @FILE or 'all'")
+    return [ALL_GENES] if ALL_GENES in names else list(dict.fromkeys(names))
 
 
 def wanted_genes(asked: Sequence[str] | None, measured: Sequence[str], panel: Sequence[str]) -> list[str]:
@@ -15,8 +47,7 @@ def wanted_genes(asked: Sequence[str] | None, measured: Sequence[str], panel: Se
     Parameters
     ----------
     asked
-        Names as given: single ones, comma lists, ``@file`` with one name per line, or ``all``; None or nothing for
-        the panel genes that were measured, all of the panel where nothing was.
+        As for `listed_genes`; by default the panel genes that were measured, or the panel where nothing was.
     measured
         Genes of the section's spots; empty without spots.
     panel
@@ -29,43 +60,65 @@ def wanted_genes(asked: Sequence[str] | None, measured: Sequence[str], panel: Se
     StsrError
         If the model and the section have no gene in common.
     """
-    known = list(dict.fromkeys([*measured, *panel]))
-    names = [name for entry in asked or [] for name in _expanded(entry)]
-    if not names:
+    names = listed_genes(asked)
+    if names is None:
         shared = [gene for gene in panel if gene in set(measured)] if len(measured) else list(panel)
         if not shared:
             raise StsrError(
                 "the model and the section have no gene in common; name genes with --genes, or --genes all"
             )
         return shared
-    if names == ["all"]:
+    if names == [ALL_GENES]:
         return list(measured) if len(measured) else list(panel)
+    return _known(
+        names,
+        dict.fromkeys([*measured, *panel]),
+        "gene {!r} is neither measured here nor in the model's panel",
+        "stsr info --json lists the genes of the spots",
+    )
+
+
+def genes_of(asked: Sequence[str] | None, available: Sequence[str], source: str) -> list[str]:
+    """The genes to read from a map or table.
+
+    Parameters
+    ----------
+    asked
+        As for `listed_genes`; all by default.
+    available
+        Genes of the source.
+    source
+        Its name, for the message.
+
+    Raises
+    ------
+    UsageError
+        For names that are not there, with near ones; for a file that cannot be read.
+    """
+    names = listed_genes(asked)
+    if names is None or names == [ALL_GENES]:
+        return list(available)
+    remedy = f"it has {len(available):,} genes, such as {available[0]}" if available else "it has no genes"
+    return _known(names, available, f"{source} has no gene {{!r}}", remedy)
+
+
+def _known(names: list[str], known: Sequence[str] | dict[str, None], problem: str, remedy: str) -> list[str]:
     places = set(known)
     for name in names:
         if name not in places:
-            raise UsageError(
-                f"gene {name!r} is neither measured here nor in the model's panel{_near(name, known)}"
-            )
-    return list(dict.fromkeys(names))
+            raise UsageError(f"{problem.format(name)}; {did_you_mean(name, known, remedy, _NEAR)}")
+    return names
 
 
-def _expanded(entry: str) -> list[str]:
-    if not entry.startswith("@"):
-        return [name.strip() for name in entry.split(",") if name.strip()]
+def _in_file(path: Path) -> list[str]:
     try:
-        lines = Path(entry[1:]).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
         raise UsageError(
-            f"the gene list {entry[1:]} cannot be read; give a text file with one name per line"
-        ) from error
-    return [name.strip() for line in lines for name in line.split("#")[0].split(",") if name.strip()]
+            f"the gene list {path} cannot be read; give --genes @FILE a text file with one name per line"
+        ) from None
+    return [name for line in lines for name in _split(line.partition("#")[0])]
 
 
-def _near(name: str, known: list[str]) -> str:
-    upper = {gene.upper(): gene for gene in known}
-    near = difflib.get_close_matches(name.upper(), upper, n=3, cutoff=0.6)
-    return (
-        f"; did you mean {' or '.join(upper[match] for match in near)}?"
-        if near
-        else "; stsr info --json lists the genes of the spots"
-    )
+def _split(text: str) -> list[str]:
+    return [name for name in re.split(r"[,;\s]+", text.strip()) if name]

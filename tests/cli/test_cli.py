@@ -16,6 +16,7 @@ import stsr
 from stsr.cli import console, options
 from stsr.cli.app import app
 from stsr.errors import StsrError, UsageError
+from stsr.genes import listed_genes
 
 
 def stsr_command(*arguments, code=0):
@@ -172,7 +173,7 @@ def test_progress_is_a_line_now_and_then_with_the_time_left(capsys, clock):
     with console.session() as out:
         for second in range(41):
             clock.now = 100.0 + second
-            out.steps(second, 100, f"tiles, loss {second}")
+            out.progress(second, 100, f"tiles, loss {second}")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "tiles, loss 10: 10%, 2 min left"
     assert len(lines) == 4
@@ -180,22 +181,22 @@ def test_progress_is_a_line_now_and_then_with_the_time_left(capsys, clock):
 
 def test_a_stage_that_goes_on_counts_time_from_where_it_went_on(capsys, clock):
     with console.session() as out:
-        out.progress("training", 0.8)
+        out.progress(0.8, 1, "training")
         clock.now += 20
-        out.progress("training", 0.9)
+        out.progress(0.9, 1, "training")
     assert capsys.readouterr().err == "training: 90%, 20 s left\n"
 
 
 def test_short_work_and_quiet_work_show_nothing(capsys, clock):
     with console.session() as out:
-        out.progress("short", 0.0)
+        out.progress(0.0, 1, "short")
         clock.now += 4
-        out.progress("short", 1.0)
+        out.progress(1.0, 1, "short")
     with console.session(quiet=True) as out:
         out.say("hello")
-        out.progress("long", 0.0)
+        out.progress(0.0, 1, "long")
         clock.now += 400
-        out.progress("long", 0.5)
+        out.progress(0.5, 1, "long")
     assert capsys.readouterr().err == ""
 
 
@@ -205,13 +206,13 @@ def test_short_work_and_quiet_work_show_nothing(capsys, clock):
 def test_genes_from_words_lists_and_files(tmp_path):
     file = tmp_path / "genes.txt"
     file.write_text("GATA3  # a comment\n\nLUM, POSTN\n")
-    assert options.gene_names(["ERBB2,LUM", f"@{file}", "KRT8"]) == ["ERBB2", "LUM", "GATA3", "POSTN", "KRT8"]
-    assert options.gene_names(None) is None
-    assert options.gene_names(["GATA3", "all"]) == ["all"]
+    assert listed_genes(["ERBB2,LUM", f"@{file}", "KRT8"]) == ["ERBB2", "LUM", "GATA3", "POSTN", "KRT8"]
+    assert listed_genes(None) is None
+    assert listed_genes(["GATA3", "all"]) == ["all"]
     with pytest.raises(UsageError, match=r"nowhere\.txt"):
-        options.gene_names(["@nowhere.txt"])
+        listed_genes(["@nowhere.txt"])
     with pytest.raises(UsageError, match="names no gene"):
-        options.gene_names([","])
+        listed_genes([","])
 
 
 def test_regions():

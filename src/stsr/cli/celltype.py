@@ -87,7 +87,7 @@ def celltype(
             name=name,
             seed=seed,
             overwrite=overwrite,
-            progress=console.steps,
+            progress=console.progress,
             report=console.say,
         )
         places = f"{per.value}s"

@@ -85,17 +85,13 @@ class Console:
             shown.add_row(*row)
         RichConsole(file=sys.stderr).print(shown)
 
-    def progress(self, label: str, part: float) -> None:
-        """Show how far a stage is: ``part`` from 0 to 1."""
+    def progress(self, done: float, total: float, label: str) -> None:
+        """Show how far a stage is: the verbs' `stsr.progress.Progress`."""
         if self.quiet:
             return
         if self._bar is None:
             self._bar = ProgressBar()
-        self._bar.show(label, min(max(float(part), 0.0), 1.0))
-
-    def steps(self, done: float, total: float, label: str) -> None:
-        """`progress` for who counts: ``done`` of ``total``."""
-        self.progress(label, done / total if total else 1.0)
+        self._bar.show(label, min(max(done / total, 0.0), 1.0) if total else 1.0)
 
     def close_bar(self) -> None:
         """Take the bar off the screen, so that a line can be written."""

@@ -11,6 +11,7 @@ import typer
 from stsr.cli import options
 from stsr.cli.console import clock, session
 from stsr.errors import UsageError
+from stsr.genes import listed_genes
 
 _COMPARISON, _OUTPUT = "Comparison", "Output"
 
@@ -84,7 +85,7 @@ def gec(
 ) -> None:
     """Correlate genes over the tissue's bins or cells. Prints the name of the table in the store."""
     with session(quiet=quiet, verbose=verbose, debug=debug, threads=threads) as console:
-        wanted, lags = options.gene_names(genes), _gene_pairs(lag)
+        wanted, lags = listed_genes(genes), _gene_pairs(lag)
         options.check_figure(figure)
         _check_pairs(pairs)
         import stsr
@@ -103,7 +104,7 @@ def gec(
             top=top,
             name=name,
             overwrite=overwrite,
-            progress=console.steps,
+            progress=console.progress,
             report=console.say,
         )
         console.say(_summary(result))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from stsr.errors import UsageError
-
-ALL_GENES = "all"
 
 _COMMON = "For every command"
 
@@ -43,49 +40,6 @@ Verbose = Annotated[
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_COMMON)
 ]
-
-
-def gene_names(values: list[str] | None) -> list[str] | None:
-    """What ``--genes`` asks for.
-
-    Parameters
-    ----------
-    values
-        As given, one text for each time the option was used.
-
-    Returns
-    -------
-    names
-        In the order given, each once; ``["all"]`` if all were asked for; None if nothing was said.
-
-    Raises
-    ------
-    UsageError
-        If a file of names cannot be read or no name is given.
-    """
-    if not values:
-        return None
-    names: list[str] = []
-    for value in values:
-        names += _names_in_file(Path(value[1:])) if value.startswith("@") else _split(value)
-    names = list(dict.fromkeys(names))
-    if not names:
-        raise UsageError("--genes names no gene; give names, @FILE or 'all'")
-    if ALL_GENES in names:
-        return [ALL_GENES]
-    return names
-
-
-def _names_in_file(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise UsageError(f"the file of genes {path} cannot be read; check --genes @{path}") from None
-    return [name for line in lines for name in _split(line.partition("#")[0])]
-
-
-def _split(text: str) -> list[str]:
-    return [name for name in re.split(r"[,;\s]+", text.strip()) if name]
 
 
 def region_um(text: str | None, option: str = "--region") -> tuple[float, float, float, float] | None:

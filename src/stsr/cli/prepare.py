@@ -10,6 +10,7 @@ import typer
 from stsr.cli import options
 from stsr.cli.console import session
 from stsr.cli.info import describe
+from stsr.genes import ALL_GENES, listed_genes
 
 
 def prepare(
@@ -51,7 +52,7 @@ def prepare(
     with session(quiet=quiet, verbose=verbose, debug=debug, threads=threads) as console:
         import stsr
 
-        wanted = options.gene_names(genes)
+        wanted = listed_genes(genes)
         store = stsr.prepare(
             path,
             output,
@@ -62,7 +63,7 @@ def prepare(
             bin_um=bin_um,
             overwrite=overwrite,
             min_qv=min_qv,
-            genes=None if wanted == [options.ALL_GENES] else wanted,
+            genes=None if wanted == [ALL_GENES] else wanted,
             refine=refine,
             progress=console.progress,
             warn=console.warn,

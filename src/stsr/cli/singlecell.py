@@ -11,6 +11,7 @@ import typer
 from stsr.cli import options
 from stsr.cli.console import clock, session
 from stsr.errors import UsageError
+from stsr.genes import ALL_GENES, listed_genes
 
 _CELLS, _SCORES, _DRAWING = "Cells", "Scores", "Figure"
 _FIGURE_GENES = 4
@@ -93,7 +94,7 @@ def singlecell(
 ) -> None:
     """Add up the bins of a map over cells, by exact areas. Prints the name of the table in the store."""
     with session(quiet=quiet, verbose=verbose, debug=debug, threads=threads) as console:
-        wanted, drawn = options.gene_names(genes), options.gene_names(figure_genes)
+        wanted, drawn = listed_genes(genes), listed_genes(figure_genes)
         area = options.region_um(figure_region, "--figure-region")
         if figure is None and (drawn or area):
             raise UsageError(
@@ -116,7 +117,7 @@ def singlecell(
             scores=scores,
             score_region=options.region_um(score_region, "--score-region"),
             overwrite=overwrite,
-            progress=console.steps,
+            progress=console.progress,
             report=console.say,
         )
         console.say(_summary(result))
@@ -164,7 +165,7 @@ def _draw(result, genes: list[str] | None, path: Path, area) -> None:
     from stsr.store.section import open_section
     from stsr.verbs.singlecell.figure import cells_figure
 
-    named = None if genes is None or genes == [options.ALL_GENES] else genes[:_FIGURE_GENES]
+    named = None if genes is None or genes == [ALL_GENES] else genes[:_FIGURE_GENES]
     cells_figure(open_section(result.store), result.element, named, path, region_um=area)
 
 

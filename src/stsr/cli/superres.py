@@ -11,6 +11,7 @@ import typer
 from stsr.cli import options
 from stsr.cli.console import clock, session
 from stsr.errors import UsageError
+from stsr.genes import ALL_GENES, listed_genes
 
 _MODEL, _DRAWING = "Model and sampling", "Figure"
 _FIGURE_GENES = 5
@@ -82,8 +83,8 @@ def superres(
 ) -> None:
     """Infer genes in small bins from the H&E and the spots. Prints the name of the map in the store."""
     with session(quiet=quiet, verbose=verbose, debug=debug, threads=threads) as console:
-        wanted = options.gene_names(genes)
-        drawn = options.gene_names(figure_genes)
+        wanted = listed_genes(genes)
+        drawn = listed_genes(figure_genes)
         if drawn and figure is None:
             raise UsageError("--figure-genes says what to draw but not where; add --figure FILE.png")
         options.check_figure(figure)
@@ -108,7 +109,7 @@ def superres(
             seed=seed,
             device=device,
             overwrite=overwrite,
-            progress=console.steps,
+            progress=console.progress,
             report=console.say,
         )
         console.say(_summary(result))
@@ -144,7 +145,7 @@ def _genes_to_draw(result, wanted: list[str] | None) -> list[str]:
 
     section = open_section(result.store)
     there = section.map(result.element).genes
-    if wanted and wanted != [options.ALL_GENES]:
+    if wanted and wanted != [ALL_GENES]:
         return wanted[:_FIGURE_GENES]
     if section.spots is None:
         return there[:_FIGURE_GENES]

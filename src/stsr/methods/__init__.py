@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 
-from stsr.errors import UsageError
+from stsr.errors import UsageError, did_you_mean
 
 DEFAULT_METHOD = "corrdiff"
 """What `stsr train` trains and the packaged model is."""
@@ -29,8 +28,7 @@ def method_class(name: str) -> type:
         If no method has this name.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(METHODS)}"
+        hint = did_you_mean(name, METHODS, f"there are: {', '.join(METHODS)}")
         raise UsageError(f"no method is called {name!r}; {hint}")
     module, attribute = METHODS[name].split(":")
     return getattr(importlib.import_module(module), attribute)

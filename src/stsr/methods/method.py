@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -14,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from stsr.diffusion.noise import TileNoise
-from stsr.errors import UsageError
+from stsr.errors import UsageError, did_you_mean
 from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements
 
 
@@ -153,8 +152,7 @@ def configured(config_class: type, settings: dict[str, Any]) -> Any:
     known = {field.name: field for field in fields(config_class)}
     for key in settings:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(known)}."
+            hint = did_you_mean(key, known, f"known are: {', '.join(known)}.")
             raise UsageError(f"{key!r} is not a setting of this method; {hint}")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from stsr.errors import StsrError
+from stsr.errors import StsrError, did_you_mean
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -171,11 +171,8 @@ def choose_genes(available: list[str], wanted: tuple[str, ...] | None, where: st
     have = set(available)
     for gene in wanted:
         if gene not in have:
-            import difflib
-
-            near = difflib.get_close_matches(gene, available, n=3, cutoff=0.5)
-            hint = f"; near names: {', '.join(near)}" if near else ""
-            raise StsrError(f"gene {gene} is not in {where}{hint}")
+            remedy = "check the spelling of --genes"
+            raise StsrError(f"gene {gene!r} is not in {where}; {did_you_mean(gene, available, remedy, 3)}")
     return [gene for gene in available if gene in set(wanted)]
 
 

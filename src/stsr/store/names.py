@@ -11,6 +11,7 @@ HE = "he"
 SPOTS = "spots"
 TISSUE = "tissue"
 CELLS = "cells"
+SUPPORT = "support"
 KINDS = ("images", "labels", "points", "shapes", "tables")
 ATTRS_KEY = "stsr"
 """Root attribute with the provenance of every element that stsr wrote: {element: {...}}."""
@@ -79,9 +80,9 @@ def scale_of(element: str) -> float | None:
 
 
 def is_measured_name(element: str) -> bool:
-    """Whether the name is kept for measured data: ``he``, ``spots``, ``tissue``, ``cells``, their tables, ``hr_*``."""
+    """Whether the name is reserved: ``he``, ``spots``, ``tissue``, ``support``, ``cells``, their tables, ``hr_*``."""
     base = element.lower().removesuffix("_table")
-    return base in (HE, SPOTS, TISSUE, CELLS) or base.startswith("hr_")
+    return base in (HE, SPOTS, TISSUE, SUPPORT, CELLS) or base.startswith("hr_")
 
 
 def check_name(element: str) -> str:

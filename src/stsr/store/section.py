@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from stsr.errors import StsrError, UsageError
-from stsr.geometry.grid import LR_UM, Grid
+from stsr.geometry.grid import LR_UM, Grid, add_up
 from stsr.histology.image import Image
 from stsr.store import catalogue, names
 from stsr.store import discovery as foreign
 from stsr.store.arrays import Stored
 from stsr.store.discovery import Frame
 from stsr.store.parts import Cells, HighRes, Mask, Spots
+
+SUPPORT_UM = 10.0
+"""Bin size at which support is decided; coarser bins follow from it."""
 
 
 def open_section(path, um_per_unit: float | None = None, coordinate_system: str | None = None) -> Section:
@@ -167,6 +170,24 @@ class Section:
         if self.elements.get(names.TISSUE) != "labels":
             return None
         return Mask(self.arrays("labels", names.TISSUE)[0], self._to_um(self.sdata.labels[names.TISSUE]))
+
+    def support(self, grid: Grid) -> np.ndarray:
+        """Where a map may be believed: (height, width) bool.
+
+        A bin counts where the H&E covers it, tissue is, and a spot is near; of these, what the section has. Bins
+        coarser than `SUPPORT_UM` count if at least half of their area does. The labels ``support`` hold the same.
+        """
+        factor = round(grid.bin_um / SUPPORT_UM)
+        if factor > 1 and abs(factor * SUPPORT_UM - grid.bin_um) < 1e-6:
+            return 2 * add_up(self.support(grid.at(SUPPORT_UM)).astype(np.int64), factor) >= factor**2
+        supported = np.ones(grid.shape, bool)
+        if self.image is not None:
+            supported &= np.asarray(self.image.covered(grid)) > 0.5
+        if self.tissue is not None:
+            supported &= self.tissue.read(grid)
+        if self.spots is not None:
+            supported &= self.spots.measurement(grid).nearest >= 0
+        return supported
 
     @cached_property
     def cells(self) -> Cells | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
-import fcntl
 import os
 import shutil
 import time
@@ -13,18 +11,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stsr.errors import StsrError
-from stsr.files import check_writable
+from stsr.files import check_writable, lock
 
 JOURNAL = "swap.json"
 """Kept in a workspace while a publication is under way; see `stsr.store.publishing`."""
 
 _OWNER = "owner"
 _LOCK_PATIENCE_S = 120.0  # a publication holds the lock for well below a second
-_NO_LOCKS = {
-    errno.ENOLCK,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-}  # file systems without locks: one writer at a time, then
 
 
 class Workspace:
@@ -67,7 +60,7 @@ class Workspace:
                 handle = open(self.path / _OWNER, "w")  # noqa: SIM115 - held as long as the workspace is
             except FileNotFoundError:  # its last owner removed it just now
                 continue
-            if not _flock(handle):
+            if not lock(handle):
                 handle.close()
                 return False
             if _is_same_file(handle, self.path / _OWNER):
@@ -102,7 +95,7 @@ def locked(store: Path) -> Iterator[None]:
     deadline = time.monotonic() + _LOCK_PATIENCE_S
     while True:
         handle = open(path, "w")  # noqa: SIM115 - closed below, after the work
-        if _flock(handle) and _is_same_file(handle, path):
+        if lock(handle) and _is_same_file(handle, path):
             break
         handle.close()
         if time.monotonic() > deadline:
@@ -115,14 +108,6 @@ def locked(store: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         handle.close()
-
-
-def _flock(handle) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in _NO_LOCKS
-    return True
 
 
 def _is_same_file(handle, path: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from stsr.errors import StsrError, UsageError
+from stsr.progress import Progress, Report, silent
 
 GENES = ("ERBB2", "GATA3", "POSTN", "CD3E")
 """Drawn in the figures: tumour, epithelium, activated stroma, T cells."""
@@ -60,8 +60,8 @@ def demo(
     model: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
-    progress: Callable[[str, float], None] | None = None,
-    say: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+    say: Report | None = None,
 ) -> Demonstration:
     """Simulate a tissue, measure it with Xenium and Visium, super-resolve both and compare with the truth.
 
@@ -92,7 +92,7 @@ def demo(
     from stsr.simulate import simulate_tissue, write_visium, write_xenium
     from stsr.verbs.prepare.verb import prepare
 
-    tell = say or (lambda sentence: None)
+    tell, progress = say or silent, progress or silent
     folder = _folder(Path(output), size_um, seed)
     tell(f"1/4  simulating {size_um:g} x {size_um:g} um of breast tissue, as Xenium and Visium folders")
     tissue = simulate_tissue(size_um, size_um, seed=seed)
@@ -153,8 +153,7 @@ def _superresolve(store: Path, model, seed: int, device: str, progress) -> dict[
     from stsr.verbs.superres.verb import superres
 
     def steps(done: float, total: float, label: str) -> None:
-        if progress:
-            progress(f"{store.name}: {label}", done / total)
+        progress(done, total, f"{store.name}: {label}")
 
     common = {"scale": 100 / _BIN_UM, "overwrite": True, "seed": seed, "device": device, "progress": steps}
     return {

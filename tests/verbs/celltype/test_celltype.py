@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from stsr.cli.celltype import celltype as command
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid
-from stsr.store import elements, places, publishing
+from stsr.store import catalogue, elements, places, publishing
 from stsr.store.section import open_section
 from stsr.verbs.celltype.verb import celltype
 
@@ -322,7 +322,7 @@ def test_bad_input(here, options, code, word):
 def test_a_section_without_a_map(here, monkeypatch):
     with pytest.raises(StsrError, match="no section at"):
         celltype("nowhere.zarr", markers="markers.json")
-    monkeypatch.setattr(places.catalogue, "superres_elements", lambda path: [])
+    monkeypatch.setattr(catalogue, "superres_elements", lambda path: [])
     with pytest.raises(StsrError, match="stsr superres"):
         celltype("s.zarr", markers="markers.json")
 

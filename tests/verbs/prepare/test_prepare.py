@@ -167,7 +167,7 @@ def test_progress_and_warnings_are_told(folder, tmp_path, broken):
         broken,
         tmp_path / "s.zarr",
         warn=told.append,
-        progress=lambda stage, done: stages.append((stage, done)),
+        progress=lambda done, total, stage: stages.append((stage, done / total)),
     )
     assert any("no H&E" in sentence for sentence in told)
     assert stages[0][0] == "counting transcripts" and stages[-1] == ("writing the store", 1.0)

@@ -96,7 +96,7 @@ def test_same_command_same_bytes(whole, section, tmp_path):
 def test_a_signal_saves_and_the_same_command_goes_on(whole, section, tmp_path, number, code):
     output = tmp_path / "m.safetensors"
 
-    def stop_at_5(sentence, part):
+    def stop_at_5(done, total, sentence):
         if sentence.startswith("step 5/"):
             os.kill(os.getpid(), getattr(signal, number))
 
@@ -117,7 +117,7 @@ def test_a_kill_loses_nothing_but_time(whole, section, tmp_path):
     script = f"""
 import os, signal
 from stsr.verbs.train.verb import train
-def kill(sentence, part):
+def kill(done, total, sentence):
     if sentence.startswith("step 8/"):
         os.kill(os.getpid(), signal.SIGKILL)
 train([{str(section)!r}], {str(output)!r}, method="unet", config={SMALL!r}, device="cpu", progress=kill)
@@ -162,7 +162,7 @@ def test_overwrite_trains_anew(section, tmp_path):
 def test_another_run_in_the_way_is_named(section, tmp_path):
     output = tmp_path / "m.safetensors"
 
-    def stop(sentence, part):
+    def stop(done, total, sentence):
         if sentence.startswith("step 3/"):
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from stsr.errors import UsageError
+from stsr.progress import Progress
 from stsr.store.places import Bins, Cells
 from stsr.verbs.celltype import model as celltypes
 from stsr.verbs.celltype.signatures import Signatures, from_markers, read_markers, read_reference
-
-Progress = Callable[[float, float, str], None]
 
 _MOST_GENES = 2000  # the most informative ones: more cost time and memory and tell little
 _CLUSTERED = 20_000  # places that Leiden sees; all are then assigned by the clusters' profiles

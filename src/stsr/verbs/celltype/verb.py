@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from stsr.errors import StsrError, UsageError
+from stsr.progress import Progress, Report, silent
 from stsr.store import catalogue, names
 from stsr.store.places import Bins, Cells, newest_cells
 from stsr.store.publishing import publish
@@ -21,7 +21,6 @@ from stsr.verbs.celltype import model as celltypes
 from stsr.verbs.celltype.learning import (
     Fit,
     Learned,
-    Progress,
     fit,
     learn_clusters,
     learn_markers,
@@ -90,7 +89,7 @@ def celltype(
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
-    report: Callable[[str], None] | None = None,
+    report: Report | None = None,
 ) -> Celltypes:
     """Say of each bin, or each cell, which type its transcripts are of, and write that into the store.
 
@@ -145,8 +144,8 @@ def celltype(
     learned = _learn(places, markers, reference, label_key, resolution, min_counts, seed)
     signatures = learned.signatures
     for note in signatures.notes:
-        (report or _nothing)(note)
-    found = fit(places, learned, draws, seed, progress or _nothing)
+        (report or silent)(note)
+    found = fit(places, learned, draws, seed, progress or silent)
     codes = celltypes.assign(found.shares, found.counts, min_probability, min_counts)
     provenance = {
         "command": "celltype",
@@ -320,7 +319,3 @@ def _annotating(table, region: str):
     from stsr.store import elements
 
     return TableModel.parse(table, region=region, region_key=elements.REGION, instance_key=elements.INSTANCE)
-
-
-def _nothing(*_) -> None:
-    return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from stsr.errors import StsrError, UsageError
+from stsr.progress import Progress
 from stsr.store.gec_places import BinPlaces, CellPlaces, SpotPlaces
 from stsr.verbs.gec import matrices as correlation
 from stsr.verbs.gec.correlogram import Correlogram, effective_places, modified_t_test
@@ -20,7 +21,6 @@ _LEAST_SPREAD = 1e-6  # of the mean: what varies less is constant but for roundi
 _RAW, _CORRECTED = "raw", "noise-corrected"
 
 Places = BinPlaces | CellPlaces | SpotPlaces
-Progress = Callable[[float, float, str], None]
 
 
 def varying(places: Places, genes: Sequence[str]) -> tuple[list[str], pd.DataFrame]:

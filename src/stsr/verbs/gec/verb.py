@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from stsr.errors import UsageError
+from stsr.genes import genes_of
 from stsr.geometry.grid import LR_UM
+from stsr.progress import Progress, Report, silent
 from stsr.store import catalogue, names
 from stsr.store.gec_places import BinPlaces, CellPlaces, bins_of, cells_of, newest_cells, spots_of
 from stsr.store.publishing import publish
@@ -23,8 +25,6 @@ PLACES = ("bin", "cell")
 LEVEL = 0.05
 """False discovery rate at which a pair counts as correlated in the summary."""
 _BASELINES = ("bilinear", "bicubic")
-
-Progress = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def gec(
     name: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    report: Callable[[str], None] | None = None,
+    report: Report | None = None,
 ) -> Gec:
     """Correlate genes over the tissue's bins, or over cells, and write the matrices into the section.
 
@@ -145,12 +145,12 @@ def gec(
     genes, moments, notes = _varying(places, _chosen(places, genes))
     lags = [known_pair(genes, pair) for pair in lags]
     shared = shared_genes(genes, others, denoise_truth) if others else None
-    table = correlate(places, genes, top, lags, progress or _nothing)
+    table = correlate(places, genes, top, lags, progress or silent)
     table.obs[["mean", "variance"]] = moments
     if shared is not None:
         compare(table, others, shared, places.name, denoise_truth)
     for note in notes:
-        (report or _nothing)(note)
+        (report or silent)(note)
     provenance = _provenance(section, places, table, region, truth)
     publish(section.path, {element: _parsed(table)}, {element: provenance}, overwrite)
     above = table.layers["q"][np.triu_indices(table.n_obs, 1)]
@@ -235,22 +235,8 @@ def _interpolated(section: Section, places: BinPlaces) -> list[str]:
 
 def _chosen(places, genes: Sequence[str] | None) -> list[str]:
     """The genes asked for, in the source's order, which is quickest to read."""
-    if not genes or list(genes) == ["all"]:
-        return list(places.genes)
-    for gene in genes:
-        if gene not in set(places.genes):
-            raise UsageError(f"{places.name} has no gene {gene!r}{_near(gene, places.genes)}")
-    return [gene for gene in places.genes if gene in set(genes)]
-
-
-def _near(gene: str, known: Sequence[str]) -> str:
-    import difflib
-
-    upper = {name.upper(): name for name in known}
-    near = difflib.get_close_matches(gene.upper(), upper, n=3, cutoff=0.6)
-    if near:
-        return f"; did you mean {' or '.join(upper[match] for match in near)}?"
-    return f"; it has {len(known):,} others, such as {known[0]}" if known else ""
+    wanted = set(genes_of(genes, places.genes, places.name))
+    return [gene for gene in places.genes if gene in wanted]
 
 
 def _varying(places, genes: list[str]):
@@ -291,7 +277,3 @@ def _parsed(table):
     from spatialdata.models import TableModel
 
     return TableModel.parse(table)
-
-
-def _nothing(*_) -> None:
-    return None

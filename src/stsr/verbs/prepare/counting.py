@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from stsr.geometry.grid import LR_UM, Grid, bins_per_lr
 from stsr.geometry.measurement import VISIUM_SPOT_UM, Measurement, hexagonal_lattice
 from stsr.histology import tissue
 from stsr.platforms.source import Spots, Transcripts
+from stsr.progress import Progress, silent
 from stsr.verbs.prepare.binning import Counter
 
 SPOT_KINDS = ("square", "visium")
@@ -60,7 +61,7 @@ def count(
     genes: list[str],
     bin_um: float,
     spots: str | None = "square",
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress = silent,
 ) -> Counted:
     """Count transcripts per bin and per simulated spot, in one pass and bounded memory.
 
@@ -75,7 +76,7 @@ def count(
     spots
         ``"square"`` (100 um side by side), ``"visium"`` (55 um discs, hexagonal, 100 um apart) or None.
     progress
-        Called with a stage and the part that is done.
+        Called with (done, total, label).
 
     Raises
     ------
@@ -105,8 +106,8 @@ def count(
             discs.add(chunk)
         low, other = low + chunk.low_quality, other + chunk.other
         read += len(bins) + chunk.low_quality + chunk.other
-        if progress and transcripts.rows:
-            progress("counting transcripts", read / transcripts.rows)
+        if transcripts.rows:
+            progress(read, transcripts.rows, "counting transcripts")
     kept = int(counter.per_gene.sum())
     if not kept:
         raise StsrError(

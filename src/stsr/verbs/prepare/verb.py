@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,11 +15,10 @@ from stsr.geometry.measurement import Measurement
 from stsr.histology import tissue
 from stsr.histology.files import Picture
 from stsr.platforms.source import Options, Source, Spots
+from stsr.progress import Progress, Report, silent
 from stsr.store import elements, names, publishing
 from stsr.verbs.prepare import fit, registration
 from stsr.verbs.prepare.counting import SPOT_KINDS, Counted, count, grid_over
-
-Progress = Callable[[str, float], None]
 
 _FINEST_UM = 1.0  # of bins; subcellular, and a slide still fits in memory
 _THIN = 20  # counts per spot; the thinnest real spots have hundreds
@@ -40,7 +38,7 @@ def prepare(
     genes: list[str] | None = None,
     refine: bool = True,
     progress: Progress | None = None,
-    warn: Callable[[str], None] | None = None,
+    warn: Report | None = None,
 ) -> Path:
     """Turn what an instrument wrote into a section store, checked and in um.
 
@@ -73,7 +71,7 @@ def prepare(
         Whether the alignment is corrected by a small affine, so that nuclei and transcripts fall together (where
         there are transcripts or cells; see `stsr.verbs.prepare.registration`).
     progress
-        Called with the name of a stage and the part that is done (0..1).
+        Called with (done, total, label).
     warn
         Called with a sentence that a user ought to read. They are also kept in the store's provenance.
 
@@ -94,7 +92,7 @@ def prepare(
     _check_options(spots, bin_um, min_qv, um_per_px, he, alignment)
     _check_output(path, output, overwrite)
     options = Options(_path(he), _path(alignment), um_per_px, float(min_qv), tuple(genes) if genes else None)
-    tell = warn or (lambda sentence: None)
+    tell, progress = warn or silent, progress or silent
     source = platforms.read(path, options)
     for sentence in source.warnings:
         tell(sentence)
@@ -112,11 +110,9 @@ def prepare(
             entry.update(
                 {"command": "prepare", "arguments": command, "platform": source.platform, **source.facts}
             )
-        if progress:
-            progress("writing the store", 0.0)
+        progress(0, 1, "writing the store")
         publishing.create(output, section, provenance, overwrite)
-        if progress:
-            progress("writing the store", 1.0)
+        progress(1, 1, "writing the store")
     return output
 
 

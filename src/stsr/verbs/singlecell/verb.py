@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +14,10 @@ import scipy.sparse as sp
 import shapely
 
 from stsr.errors import StsrError, UsageError
+from stsr.files import replacing
+from stsr.genes import genes_of
 from stsr.geometry.grid import LR_UM, Grid
+from stsr.progress import Progress, Report, silent
 from stsr.store import catalogue, names, publishing
 from stsr.store import discovery as foreign
 from stsr.store.elements import INSTANCE, REGION
@@ -31,7 +33,6 @@ SPREAD = "sd"
 
 _DENSE_FROM = 0.5  # part of counts above 0 from which a sparse matrix is the larger one
 
-Progress = Callable[[float, float, str], None]
 Region = tuple[float, float, float, float]
 
 
@@ -94,7 +95,7 @@ def singlecell(
     score_region: Region | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    report: Callable[[str], None] | None = None,
+    report: Report | None = None,
 ) -> SingleCell:
     """Add up the bins of a map over cells, by exact areas, and write a table of cells into the store.
 
@@ -143,7 +144,7 @@ def singlecell(
     StsrError
         For a section without maps or cells, a segmentation that does not fit, a store that cannot be written to.
     """
-    began, progress, notes = time.monotonic(), progress or _nothing, []
+    began, progress, notes = time.monotonic(), progress or silent, []
     section = open_section(store)
     source = _layer(section, source)
     bins = section.map(source)
@@ -160,7 +161,7 @@ def singlecell(
     parts = areas.shares(found.outlines, bins.grid)
     found, parts, measured = _on_the_map(found, parts, measured, source, notes)
     for note in notes:
-        (report or _nothing)(note)
+        (report or silent)(note)
     counts, outside, totals = areas.add_up(bins, wanted, parts, progress)
     spread = _spread(section, source, bins, wanted, parts, progress)
     compared = None
@@ -205,12 +206,8 @@ def _layer(section: Section, asked: str | None) -> str:
 
 
 def _wanted(genes, including, there: list[str], source: str) -> list[str]:
-    chosen = list(there) if genes is None or list(genes) == ["all"] else list(dict.fromkeys(genes))
-    for gene in (*chosen, *including):
-        if gene not in there:
-            near = difflib.get_close_matches(gene.upper(), there, n=1)
-            hint = f"did you mean {near[0]}?" if near else "add it to --genes of stsr superres"
-            raise UsageError(f"gene {gene!r} is not in {source}; {hint}")
+    chosen = genes_of(genes, there, source)
+    genes_of(including, there, source)
     missing = set(including) - set(chosen)
     if missing:
         raise UsageError(
@@ -383,16 +380,5 @@ def _holds_whole_pixels(grid: Grid) -> bool:
 
 
 def _write(scores: pd.DataFrame, path: Path) -> None:
-    half = path.with_name(f".{path.name}.half")
-    try:
-        scores.to_csv(half, index=False, float_format="%.6g")
-        os.replace(half, path)
-    except OSError as error:
-        half.unlink(missing_ok=True)
-        raise StsrError(
-            f"the scores cannot be written to {path} ({error.strerror}); give --scores another place"
-        ) from None
-
-
-def _nothing(*_) -> None:
-    return None
+    with replacing(path) as temporary:
+        scores.to_csv(temporary, index=False, float_format="%.6g")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from stsr.diffusion.noise import Noise, TileNoise
 from stsr.errors import StsrError
 from stsr.geometry.grid import Grid, add_up
 from stsr.methods.batch import Batch
+from stsr.progress import Progress
 from stsr.signals import Interrupted, Interruption
 from stsr.store.writer import CHUNKS, MapWriter
 from stsr.verbs.superres.field import Field
@@ -22,8 +22,6 @@ MEMORY_BYTES = 2**30
 """What the canvases of one block of genes may take; sets how many genes go through the tiles together."""
 _GENES_AT_ONCE = 64  # per call of a method: bounds its activations
 _TAPER_LR = 1.0  # width of the blending ramp, low-resolution pixels
-
-Progress = Callable[[float, float, str], None]
 
 
 class Run:

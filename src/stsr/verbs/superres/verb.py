@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +13,13 @@ from pathlib import Path
 from stsr.device import resolve_device
 from stsr.errors import UsageError
 from stsr.files import disk_errors
+from stsr.progress import Progress, Report, silent
 from stsr.signals import Interrupted, interruptible
 from stsr.store import catalogue
 from stsr.store.section import Section, open_section
 from stsr.store.workspace import Workspace
 from stsr.verbs.superres.job import check_included, configure_sampling, load, make_task
-from stsr.verbs.superres.loop import Progress, Run
+from stsr.verbs.superres.loop import Run
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def superres(
     device: str = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
-    report: Callable[[str], None] | None = None,
+    report: Report | None = None,
 ) -> Superres:
     """Super-resolve a section and write the maps into its store.
 
@@ -131,10 +132,10 @@ def superres(
     task = make_task(section, loaded, scale, genes, samples, use_lr, consistency, region, name, seed)
     check_included(including, task.genes)
     for note in task.notes:
-        (report or _nothing)(note)
+        (report or silent)(note)
     with interruptible() as interruption, _destination(section, output) as target:
         task = replace(task, section=target)
-        run = Run(task, overwrite, progress or _nothing, report or _nothing, interruption)
+        run = Run(task, overwrite, progress or silent, report or silent, interruption)
         error = run.write()
     return Superres(
         target.path, task.element, task.spread, len(task.genes), error, time.monotonic() - began, task.notes
@@ -188,7 +189,3 @@ def _destination(section: Section, output) -> Iterator[Section]:
         if fresh:
             shutil.rmtree(target, ignore_errors=True)
         raise
-
-
-def _nothing(*_) -> None:
-    return None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from stsr.errors import StsrError, UsageError
+from stsr.errors import StsrError, UsageError, did_you_mean
 from stsr.methods.method import configured
 from stsr.verbs.train.section import SPOT_KINDS
 
@@ -198,8 +197,7 @@ def _home(key: str, classes: dict[str, type]) -> tuple[str, str]:
         )
     if not found:
         known = [name for each in _GROUPS for name in names[each]]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(known)}."
+        hint = did_you_mean(name, known, f"known are: {', '.join(known)}.")
         raise UsageError(f"{key!r} is not a setting of training or of this method; {hint}")
     return found[0], name
 

@@ -65,8 +65,7 @@ def make_job(sections, method, config, settings, steps, val, regions, device, se
     where = resolve_device(device)
     regions = _read_regions(regions)
     opened = [open_section(path) for path in sections]
-    if progress:
-        progress(f"reading {len(opened)} section{'s' if len(opened) > 1 else ''}", 0.0)
+    progress(0, 1, f"reading {len(opened)} section{'s' if len(opened) > 1 else ''}")
     requirements = chosen(
         method_config, ("gene",)
     ).requirements  # a method tells what it needs whatever its panel

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ import torch
 
 from stsr.checkpoint import read_tensors, write_tensors
 from stsr.errors import StsrError, UsageError
-from stsr.files import disk_errors
+from stsr.files import disk_errors, lock, replacing
 from stsr.methods.method import Method
 
 
@@ -136,12 +134,8 @@ class Run:
                 f"{self.path} cannot be made, as a file is in its way; move that or give another --output"
             ) from error
         with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StsrError(f"another stsr is training {self.output}; wait until it is done") from None
-            except OSError:
-                pass  # a file system without locks
+            if not lock(handle):
+                raise StsrError(f"another stsr is training {self.output}; wait until it is done")
             try:
                 yield
             except BaseException:
@@ -202,7 +196,8 @@ class Run:
                 ) from error
         lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
         kept = [line for line in lines if _step_of(line) <= state.step]
-        _replace(self.log_path, "".join(line + "\n" for line in kept))
+        with replacing(self.log_path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
 
     def log(self, line: dict) -> None:
         """Append a line."""
@@ -221,15 +216,8 @@ class Run:
             return None
 
     def _write(self, record: dict) -> None:
-        with disk_errors(self.output):
-            _replace(self._config_path, json.dumps(record, indent=1))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a text file in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        with replacing(self._config_path) as temporary:
+            temporary.write_text(json.dumps(record, indent=1))
 
 
 def _step_of(line: str) -> float:

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +19,11 @@ from stsr.diffusion.noise import Noise, TileNoise
 from stsr.errors import StsrError, UsageError
 from stsr.methods.batch import Batch
 from stsr.methods.method import Method
+from stsr.progress import Progress, silent
 from stsr.signals import Interruption, interruptible
 from stsr.verbs.train.config import TrainConfig
 from stsr.verbs.train.job import Job, described, make_job
 from stsr.verbs.train.run_folder import Run, State
-
-Progress = Callable[[str, float], None]
 
 _TIMED_STEPS = 3  # of a dry run
 
@@ -97,7 +96,7 @@ def train(
     Interrupted
         After SIGINT, SIGTERM or SIGUSR1, once the state is saved.
     """
-    output = Path(output)
+    output, progress = Path(output), progress or silent
     if output.suffix != ".safetensors":
         raise UsageError(
             f"a model is a safetensors file; write {output.with_suffix('.safetensors')} instead of {output}"
@@ -122,7 +121,7 @@ def _own_randomness() -> Iterator[None]:
         yield
 
 
-def _run(job: Job, run: Run, overwrite: bool, progress: Progress | None, provenance: dict | None) -> None:
+def _run(job: Job, run: Run, overwrite: bool, progress: Progress, provenance: dict | None) -> None:
     """Begin or go on, to the end or the next signal."""
     state = _fresh(job)
     if run.check(job.settings, overwrite):
@@ -175,7 +174,7 @@ def _fresh(job: Job) -> State:
     )
 
 
-def _loop(job: Job, run: Run, state: State, interruption: Interruption, progress: Progress | None) -> None:
+def _loop(job: Job, run: Run, state: State, interruption: Interruption, progress: Progress) -> None:
     """Train until the last step or a signal."""
     config = job.config
     saved = started = time.monotonic()
@@ -277,7 +276,7 @@ def _gather(state: State, terms: dict[str, torch.Tensor]) -> None:
     state.pending = {name: state.pending.get(name, 0) + term.float() for name, term in terms.items()}
 
 
-def _log(job: Job, run: Run, state: State, progress: Progress | None) -> None:
+def _log(job: Job, run: Run, state: State, progress: Progress) -> None:
     """Write the mean terms since the last line."""
     count = float(state.pending["steps"])
     means = {name: float(total) / count for name, total in state.pending.items() if name != "steps"}
@@ -290,16 +289,13 @@ def _log(job: Job, run: Run, state: State, progress: Progress | None) -> None:
         )
     rate = learning_rate(job.config, state.step - 1)
     run.log({"step": state.step, **means, "lr": rate, "seconds": round(state.seconds, 3)})
-    if progress:
-        known = "" if state.best is None else f", best validation {state.best:.4f}"
-        progress(
-            f"step {state.step}/{job.config.steps}, loss {means['loss']:.4f}{known}",
-            state.step / job.config.steps,
-        )
+    known = "" if state.best is None else f", best validation {state.best:.4f}"
+    label = f"step {state.step}/{job.config.steps}, loss {means['loss']:.4f}{known}"
+    progress(state.step, job.config.steps, label)
 
 
 @torch.no_grad()
-def _validate(job: Job, run: Run, state: State, progress: Progress | None) -> None:
+def _validate(job: Job, run: Run, state: State, progress: Progress) -> None:
     """Loss of the running mean on the validation tiles, with the same random numbers each time; keep the best."""
     if not job.tiles.validation_count:
         return
@@ -321,12 +317,9 @@ def _validate(job: Job, run: Run, state: State, progress: Progress | None) -> No
     if math.isfinite(loss) and (state.best is None or loss < state.best):
         state.best, state.best_step = loss, state.step
         state.best_weights = {key: tensor.clone() for key, tensor in state.ema.state_dict().items()}
-    if progress:
-        shown = f", PCC {line['val_pcc']:.3f}" if "val_pcc" in line else ""
-        progress(
-            f"step {state.step}/{job.config.steps}, validation {loss:.4f}{shown}",
-            state.step / job.config.steps,
-        )
+    shown = f", PCC {line['val_pcc']:.3f}" if "val_pcc" in line else ""
+    label = f"step {state.step}/{job.config.steps}, validation {loss:.4f}{shown}"
+    progress(state.step, job.config.steps, label)
 
 
 def _predicted(method: Method, batch: Batch) -> torch.Tensor:
