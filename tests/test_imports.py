@@ -62,7 +62,7 @@ VERBS_OF_VERBS = {"demo", "report"}
 """Verbs that run other verbs; `demo` simulates its tissue, too."""
 
 NO_TORCH = {"store", "histology", "geometry", "platforms", "spots", "simulate", "figures", "metrics"} | GROUND
-SPATIALDATA = {"store", "platforms", "verbs"}
+SPATIALDATA = {"store", "platforms"}
 TERMINAL = {"typer", "rich", "click"}
 HEAVY = (
     "torch",

@@ -27,7 +27,7 @@ from spatialdata import SpatialData
 
 from stsr.geometry.grid import Grid
 from stsr.store import publishing
-from stsr.store.elements import tissue_labels
+from stsr.store.elements import labels
 from stsr.store.section import open_section
 from stsr.store.writer import MapWriter
 from stsr.verbs.celltype.model import UNASSIGNED
@@ -83,7 +83,7 @@ def print_speed(folder: Path, side: int) -> None:
     profiles = rng.gamma(0.3, size=(375, 13)) + 1e-3
     pd.DataFrame(1e6 * profiles / profiles.sum(0), genes, types).to_csv(folder / "reference.csv")
     grid = Grid(0.0, 0.0, 10.0, side, side)
-    sdata = SpatialData.init_from_elements({"tissue": tissue_labels(np.ones(grid.shape, bool), grid)})
+    sdata = SpatialData.init_from_elements({"tissue": labels(np.ones(grid.shape, bool), grid)})
     publishing.create(folder / "s.zarr", sdata, {})
     profiles = profiles / profiles.sum(0)
     with MapWriter(

@@ -49,14 +49,14 @@ def write(arguments) -> None:
     from spatialdata import SpatialData
 
     from stsr.geometry.grid import Grid
-    from stsr.store.elements import tissue_labels
+    from stsr.store.elements import labels
     from stsr.store.publishing import create
     from stsr.store.writer import CHUNKS, MapWriter
 
     began = time.perf_counter()
     side, rng = arguments.side, np.random.default_rng(0)
     grid = Grid(0.0, 0.0, 10.0, side, side)
-    tissue = tissue_labels(np.ones(grid.shape, bool), grid)
+    tissue = labels(np.ones(grid.shape, bool), grid)
     create(arguments.store, SpatialData.init_from_elements({"tissue": tissue}), {"tissue": {}})
     fields = rng.standard_normal((FIELDS, side, side), np.float32)
     fields = np.stack([np.exp(20 * ndimage.gaussian_filter(field, 6)) for field in fields])

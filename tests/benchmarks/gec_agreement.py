@@ -23,7 +23,7 @@ import pandas as pd
 import stsr
 from stsr.store.gec_places import bins_of
 from stsr.store.section import open_section
-from stsr.verbs.gec import matrices as correlation
+from stsr.verbs.gec import matrices
 from stsr.verbs.gec.verb import gec
 
 REGION_UM = (1000.0, 900.0, 2000.0, 1900.0)
@@ -78,10 +78,10 @@ def counting_error(store: Path, genes: list[str], bin_um: float, region) -> floa
     counts = bins_of(open_section(store), "hr_10um", bin_um, region).read(genes).astype(np.int64)
     half = np.random.default_rng(0).binomial(counts, 0.5)
     matrices = [
-        correlation.without_counting_noise(np.corrcoef(part), part.mean(1), part.var(1, ddof=1))
+        matrices.without_counting_noise(np.corrcoef(part), part.mean(1), part.var(1, ddof=1))
         for part in (half, counts - half)
     ]
-    return correlation.matrix_distance(*matrices)["rmse"] / 2
+    return matrices.matrix_distance(*matrices)["rmse"] / 2
 
 
 def show(table: pd.DataFrame) -> None:

@@ -95,7 +95,7 @@ def make(store: Path, cells: int, genes: int) -> Path:
         counts.astype(np.float32),
         dims=("c", "y", "x"),
         c_coords=[f"g{number}" for number in range(genes)],
-        transformations=elements.affine(grid.bin_to_um),
+        transformations=elements.placed(grid.bin_to_um),
     )
     parts = {"superres_x10": image, "cells": elements.cell_shapes(outlines)}
     return publishing.create(store, SpatialData.init_from_elements(parts), {})

@@ -8,8 +8,7 @@ import scipy.sparse as sp
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid
-from stsr.store import catalogue, publishing
-from stsr.store import discovery as foreign
+from stsr.store import catalogue, discovery, publishing
 from stsr.store.section import open_section
 from stsr.store.writer import MapWriter
 
@@ -162,7 +161,7 @@ def test_raw_counts_are_found_or_asked_for(tmp_path):
 
 def test_square_arrays_tell_no_um():
     row, column = np.indices((5, 5)).reshape(2, -1)
-    assert foreign.lattice_um(np.stack([column, row], 1) * 200.0, row, column) is None
+    assert discovery.lattice_um(np.stack([column, row], 1) * 200.0, row, column) is None
 
 
 def test_xenium_elements_tell_the_pixel_size(tmp_path):
@@ -208,7 +207,7 @@ def test_map_in_a_pixel_store_lies_on_the_tissue(tmp_path):
         assert writer.shape == (1, *grid.shape)
     again = open_section(section.path)
     image = again.sdata.images["superres_x10"]
-    matrix = get_transformation(foreign.finest(image), "slide").to_affine_matrix(("x", "y"), ("x", "y"))
+    matrix = get_transformation(discovery.finest(image), "slide").to_affine_matrix(("x", "y"), ("x", "y"))
     assert np.allclose(matrix @ [0, 0, 1], [grid.x0_um / UM_PER_PX, grid.y0_um / UM_PER_PX, 1])
     got = again.map("superres_x10").grid
     assert got.bin_um == 10.0 and np.allclose(got.bounds_um, grid.bounds_um)

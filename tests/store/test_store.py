@@ -14,9 +14,8 @@ import pytest
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid
-from stsr.store import catalogue, names, publishing
-from stsr.store import consolidated as metadata
-from stsr.store import writer as mapwriter
+from stsr.store import catalogue, consolidated, names, publishing
+from stsr.store import writer as map_writer
 from stsr.store.writer import MapWriter
 
 spatialdata = pytest.importorskip("spatialdata")
@@ -57,7 +56,7 @@ def path(request, tmp_path):
     with catalogue.quiet():
         section().write(path, **arguments)
     frame = {"coordinate_system": "global", "um_per_unit": 1.0}
-    metadata.edit_root(path, tmp_path, lambda root: root.update({names.FRAME_KEY: frame}))
+    consolidated.edit_root(path, tmp_path, lambda root: root.update({names.FRAME_KEY: frame}))
     return path
 
 
@@ -106,8 +105,8 @@ def test_map_opens_as_an_image_with_genes_and_place(path):
 
 
 def test_big_map_gets_a_pyramid_of_means(path, monkeypatch):
-    monkeypatch.setattr(mapwriter, "_PYRAMID_BINS", 16)
-    monkeypatch.setattr(mapwriter, "CHUNKS", (2, 8, 8))
+    monkeypatch.setattr(map_writer, "_PYRAMID_BINS", 16)
+    monkeypatch.setattr(map_writer, "CHUNKS", (2, 8, 8))
     values = np.random.default_rng(0).random((3, 40, 31)).astype(np.float32)
     with MapWriter(path, ["superres_x10"], GENES, Grid(0, 0, 10, 40, 31)) as writer:
         for row in range(0, 40, 8):
@@ -279,7 +278,7 @@ import os, signal, sys
 import numpy as np
 import spatialdata, zarr  # once, for all the children
 from spatialdata.models import Image2DModel
-from stsr.store import writer as mapwriter
+from stsr.store.writer import MapWriter
 from stsr.store import section
 from stsr.geometry.grid import Grid
 
@@ -288,7 +287,7 @@ NAMES = ["superres_x10", "superres_x10_sd"]
 def write(path, value, then=lambda: None):
     provenance = {name: {"command": "superres", "value": value} for name in NAMES}
     grid = Grid(100.0, 200.0, 10.0, 40, 30)
-    with mapwriter.MapWriter(path, NAMES, ["A", "B", "C"], grid, provenance, overwrite=True) as writer:
+    with MapWriter(path, NAMES, ["A", "B", "C"], grid, provenance, overwrite=True) as writer:
         for name in NAMES:
             if not writer.is_done(name):
                 writer.write(name, slice(0, 3), slice(0, 40), slice(0, 30), np.full((3, 40, 30), value))

@@ -14,7 +14,7 @@ from stsr.geometry.measurement import VISIUM_SPOT_UM
 from stsr.histology import files as he
 from stsr.platforms.source import Cells, Chunk, Options, Source, Spots, Transcripts, choose_genes
 from stsr.platforms.visium import lattice_um_per_px
-from stsr.store import discovery as foreign
+from stsr.store import discovery
 
 NAME = "anndata"
 
@@ -82,7 +82,7 @@ def _raw(table, genes: list[str], file: Path):
     import anndata
     import pandas as pd
 
-    matrix, names = foreign.raw_counts(table, np.arange(table.n_obs), file.name)
+    matrix, names = discovery.raw_counts(table, np.arange(table.n_obs), file.name)
     place = pd.Index(names).get_indexer(genes)
     if (place < 0).any():
         raise StsrError(f"the raw counts in {file} lack genes of its X; save them with the same genes")
@@ -99,7 +99,7 @@ def _raw(table, genes: list[str], file: Path):
 
 def _as_cells(file: Path, xy: np.ndarray, counts, genes: list[str], options: Options) -> Source:
     xy_um = xy * (options.um_per_px or 1.0)
-    apart = foreign.median_pitch(xy_um) or 0.0
+    apart = discovery.median_pitch(xy_um) or 0.0
     size = float(np.ptp(xy_um, axis=0).max())
     if not (_APART_UM[0] <= apart <= _APART_UM[1] and _SECTION_UM[0] <= size <= _SECTION_UM[1]):
         raise StsrError(
@@ -124,7 +124,7 @@ def _as_cells(file: Path, xy: np.ndarray, counts, genes: list[str], options: Opt
 
 def _transcripts(xy_um: np.ndarray, matrix) -> Transcripts:
     """Every count as a transcript somewhere in its cell; the same place every time."""
-    radius_um = min(_CELL_RADIUS_UM, (foreign.median_pitch(xy_um) or np.inf) / 2)
+    radius_um = min(_CELL_RADIUS_UM, (discovery.median_pitch(xy_um) or np.inf) / 2)
 
     def chunks() -> Iterator[Chunk]:
         for start in range(0, matrix.shape[0], _ROWS):

@@ -10,8 +10,7 @@ import numpy as np
 from stsr.errors import StsrError
 from stsr.histology import files as he
 from stsr.platforms.source import Cells, Chunk, Options, Source, Spots, Transcripts, choose_genes, control
-from stsr.store import catalogue, names
-from stsr.store import discovery as foreign
+from stsr.store import catalogue, discovery, names
 
 NAME = "spatialdata"
 
@@ -93,10 +92,10 @@ def _picture(section, options: Options) -> he.Picture | None:
     import dask.array as da
 
     images = section.sdata.images
-    name = names.HE if names.HE in images else foreign.find_image(section.sdata, section.frame)
+    name = names.HE if names.HE in images else discovery.find_image(section.sdata, section.frame)
     if name is None:
         return None
-    px_to_um = foreign.affine(images[name], section.frame.name, section.frame.um_per_unit)
+    px_to_um = discovery.affine(images[name], section.frame.name, section.frame.um_per_unit)
     he.check_pixel(px_to_um, None, f"image {name} in {section.path.name}")
     # Not through spatialdata: these arrays tell in a sentence when what they read is damaged.
     stored = [da.from_array(array, array.chunks, name=False) for array in section.arrays("images", name)]
@@ -104,14 +103,14 @@ def _picture(section, options: Options) -> he.Picture | None:
 
 
 def _spots(sdata, frame, section, options: Options) -> Spots | None:
-    found = foreign.find_spots(sdata)
+    found = discovery.find_spots(sdata)
     if found is None:
         return None
     import anndata
     import pandas as pd
 
     table = sdata.tables[found[1]]
-    _, rows = foreign.annotated(sdata, *found)
+    _, rows = discovery.annotated(sdata, *found)
     spots = section.spots
     genes = choose_genes(spots.genes, options.genes, f"the spots of {section.path.name}")
     obs = pd.DataFrame(index=[str(name) for name in table.obs_names[rows]])
@@ -149,7 +148,7 @@ def _cells(section, genes: list[str], warnings: list[str]) -> Cells | None:
             f"the table of cells in {section.path.name} lacks genes of the panel: cells have outlines only"
         )
         return Cells(outlines)
-    matrix, names = foreign.raw_counts(table, np.arange(table.n_obs), section.path.name)
+    matrix, names = discovery.raw_counts(table, np.arange(table.n_obs), section.path.name)
     import anndata
     import pandas as pd
 
@@ -179,7 +178,7 @@ def _from_points(section, options: Options) -> tuple[Transcripts, list[str]]:
             f"transcripts in {section.path.name} have no column feature_name; rename the one with genes"
         )
     wanted = ["x", "y", column, *(["qv"] if "qv" in points.columns else [])]
-    to_um = foreign.affine(points, section.frame.name, section.frame.um_per_unit)
+    to_um = discovery.affine(points, section.frame.name, section.frame.um_per_unit)
     parts = [points[wanted].get_partition(number) for number in range(points.npartitions)]
     low, high, seen = np.full(2, np.inf), np.full(2, -np.inf), set()
     for part in parts:

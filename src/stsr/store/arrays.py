@@ -9,7 +9,7 @@ import numpy as np
 from stsr.files import reading
 
 
-class Stored:
+class StoredArray:
     """A zarr array, read window by window.
 
     Parameters

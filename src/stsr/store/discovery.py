@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
@@ -11,20 +10,13 @@ import scipy.sparse as sp
 from stsr.errors import StsrError
 from stsr.geometry.measurement import VISIUM_PITCH_UM, VISIUM_SPOT_UM
 from stsr.store import catalogue, names
+from stsr.store.elements import Frame
 
 _HD_BINS = re.compile(r"(?:square|bin)_?(\d{3})um", re.IGNORECASE)  # spatialdata_io.visium_hd: square_008um
 _CELL_NAMES = (names.CELLS, "cell_boundaries", "cell_circles", "nucleus_boundaries")
 _LATTICE = ("array_row", "array_col")
 _SIX = 6  # neighbours on a hexagonal lattice
 _PITCH_TOLERANCE = 0.15  # how far from 100 um a pitch may be and still be Visium's
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A coordinate system of the store, and how many um one of its units is."""
-
-    name: str
-    um_per_unit: float
 
 
 def find_frame(sdata, system: str | None = None, um_per_unit: float | None = None) -> Frame:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
 from stsr.geometry.grid import Grid
@@ -16,11 +19,32 @@ _COARSEST = 256  # px; a pyramid ends before a side gets shorter
 REGION, INSTANCE = "region", "instance_id"
 
 
-def affine(matrix: np.ndarray) -> dict:
-    """The transformation of an element from a (3, 3) affine on (x, y, 1)."""
+@dataclass(frozen=True)
+class Frame:
+    """Where a section's coordinates live.
+
+    Parameters
+    ----------
+    name
+        Coordinate system of the store.
+    um_per_unit
+        Micrometres that one unit of it stands for.
+    """
+
+    name: str
+    um_per_unit: float
+
+
+IN_UM = Frame(UM, 1.0)
+"""The frame of stores that stsr makes."""
+
+
+def placed(to_um: np.ndarray, frame: Frame = IN_UM) -> dict[str, Any]:
+    """The transformation of an element whose own coordinates (x, y, 1) the affine (3, 3) takes to um."""
     from spatialdata.transformations import Affine
 
-    return {UM: Affine(matrix, input_axes=("x", "y"), output_axes=("x", "y"))}
+    to_unit = np.diag([1 / frame.um_per_unit, 1 / frame.um_per_unit, 1.0]) @ to_um
+    return {frame.name: Affine(to_unit, input_axes=("x", "y"), output_axes=("x", "y"))}
 
 
 def he_image(picture: Picture):
@@ -43,7 +67,7 @@ def he_image(picture: Picture):
         array = DataArray(level, name="image", dims=("c", "y", "x"), coords=coords, attrs={"transform": {}})
         scales[f"scale{number}"] = Dataset({"image": array})
     tree = DataTree.from_dict(scales)
-    set_transformation(tree, affine(picture.px_to_um)[UM], UM)
+    set_transformation(tree, placed(picture.px_to_um)[UM], UM)
     Image2DModel().validate(tree)
     return tree
 
@@ -87,15 +111,17 @@ def count_image(counter, grid: Grid, genes: list[str]):
         parts.append(da.from_delayed(lazy, (count, *grid.shape), dtype))
     counts = da.concatenate(parts).rechunk(COUNT_CHUNKS)  # (genes, y, x)
     return Image2DModel.parse(
-        counts, dims=("c", "y", "x"), c_coords=genes, transformations=affine(grid.bin_to_um)
+        counts, dims=("c", "y", "x"), c_coords=genes, transformations=placed(grid.bin_to_um)
     )
 
 
-def tissue_labels(mask: np.ndarray, grid: Grid):
-    """The tissue mask (y, x): 1 in tissue."""
+def labels(values: np.ndarray, grid: Grid, frame: Frame = IN_UM):
+    """Labels (y, x), one per bin: a mask, or codes of which 0 is none."""
     from spatialdata.models import Labels2DModel
 
-    return Labels2DModel.parse(mask.astype(np.uint8), dims=("y", "x"), transformations=affine(grid.bin_to_um))
+    if values.dtype == bool:
+        values = values.astype(np.uint8)
+    return Labels2DModel.parse(values, dims=("y", "x"), transformations=placed(grid.bin_to_um, frame))
 
 
 def spot_shapes(centres_um: np.ndarray, shape: str, size_um: float, names):
@@ -114,12 +140,14 @@ def spot_shapes(centres_um: np.ndarray, shape: str, size_um: float, names):
     return ShapesModel.parse(frame, transformations={UM: Identity()})
 
 
-def cell_shapes(outlines):
-    """Cells as polygons, or points with a radius; index: their names."""
+def cell_shapes(outlines, frame: Frame = IN_UM):
+    """Cells as polygons, or points with a radius, in um; index: their names."""
     from spatialdata.models import ShapesModel
-    from spatialdata.transformations import Identity
+    from spatialdata.transformations import Identity, Scale
 
-    return ShapesModel.parse(outlines, transformations={UM: Identity()})
+    units = 1 / frame.um_per_unit
+    place = Identity() if units == 1 else Scale([units, units], ("x", "y"))
+    return ShapesModel.parse(outlines, transformations={frame.name: place})
 
 
 def table(counts, element: str, centres_um: np.ndarray | None = None):
@@ -134,13 +162,44 @@ def table(counts, element: str, centres_um: np.ndarray | None = None):
     centres_um
         (instances, 2), goes to ``obsm["spatial"]`` as other tools expect.
     """
-    import pandas as pd
     from spatialdata.models import TableModel
 
     counts = counts.copy()
-    counts.obs[REGION] = pd.Categorical([element] * counts.n_obs)
-    counts.obs[INSTANCE] = counts.obs_names.to_numpy()
     counts.uns.pop(TableModel.ATTRS_KEY, None)
     if centres_um is not None:
         counts.obsm["spatial"] = np.asarray(centres_um, float)
-    return TableModel.parse(counts, region=element, region_key=REGION, instance_key=INSTANCE)
+    return annotating(counts, element, counts.obs_names.to_numpy())
+
+
+def annotating(table, element: str, instances: np.ndarray):
+    """The table itself, its rows annotating these instances of an element.
+
+    Parameters
+    ----------
+    table
+        AnnData (instances, anything).
+    element
+        Shapes or labels.
+    instances
+        (n,) index of the shapes, or codes of the labels, in the element's own type: a join compares them.
+    """
+    import pandas as pd
+    from spatialdata.models import TableModel
+
+    table.obs[REGION] = pd.Categorical([element] * table.n_obs)
+    table.obs[INSTANCE] = instances
+    return TableModel.parse(table, region=element, region_key=REGION, instance_key=INSTANCE)
+
+
+def free_table(table):
+    """A table that annotates no element."""
+    from spatialdata.models import TableModel
+
+    return TableModel.parse(table)
+
+
+def store_of(parts: dict[str, Any]):
+    """A `spatialdata.SpatialData` of elements {name: element}, in memory or lazy."""
+    from spatialdata import SpatialData
+
+    return SpatialData.init_from_elements(parts)

@@ -9,9 +9,8 @@ import scipy.sparse as sp
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid, add_up
-from stsr.store import discovery as foreign
-from stsr.store import names
-from stsr.store.parts import HighRes
+from stsr.store import discovery, names
+from stsr.store.parts import Map
 from stsr.store.section import Section
 
 CELL_RASTER_UM = 20.0
@@ -40,7 +39,7 @@ class BinPlaces:
         If the map's bins do not nest in the grid's, or it does not cover it.
     """
 
-    def __init__(self, name: str, values: HighRes, grid: Grid, kept: np.ndarray):
+    def __init__(self, name: str, values: Map, grid: Grid, kept: np.ndarray):
         self.name, self.genes, self.grid, self.number = name, values.genes, grid, kept
         self.count = int(kept.sum())
         self._values = values
@@ -228,10 +227,10 @@ def cells_of(section: Section, name: str, region) -> CellPlaces:
     shapes = [regions] if isinstance(regions, str) else list(regions)
     if len(shapes) != 1 or section.elements.get(shapes[0]) != "shapes":
         raise UsageError(f"the table {name!r} annotates no shapes of {section.path.name}; name one of cells")
-    geometry, rows = foreign.annotated(section.sdata, shapes[0], name)
+    geometry, rows = discovery.annotated(section.sdata, shapes[0], name)
     element = section.sdata.shapes[shapes[0]]
-    to_um = foreign.affine(element, section.frame.name, section.frame.um_per_unit)
-    centroid = foreign.in_um(geometry, to_um).geometry.centroid
+    to_um = discovery.affine(element, section.frame.name, section.frame.um_per_unit)
+    centroid = discovery.in_um(geometry, to_um).geometry.centroid
     centres = np.stack([centroid.x.to_numpy(), centroid.y.to_numpy()], axis=1)
     x0, y0, x1, y1 = region or (-np.inf, -np.inf, np.inf, np.inf)
     inside = np.flatnonzero((centres >= [x0, y0]).all(1) & (centres < [x1, y1]).all(1))

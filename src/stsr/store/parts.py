@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from stsr.errors import UsageError
 from stsr.geometry.grid import Grid
 from stsr.geometry.measurement import Measurement
-from stsr.store import discovery as foreign
+from stsr.store import discovery
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Spots:
     @cached_property
     def pitch_um(self) -> float:
         """Median distance to the nearest other spot, um; the size where there is one spot."""
-        return foreign.median_pitch(self.centres_um) or self.size_um
+        return discovery.median_pitch(self.centres_um) or self.size_um
 
     def measurement(self, grid: Grid) -> Measurement:
         """Which part of each bin each spot sees."""
@@ -79,7 +79,7 @@ class Spots:
         }
 
 
-class HighRes:
+class Map:
     """A map on disk: (gene, y, x) values per bin."""
 
     def __init__(self, grid: Grid, genes: list[str], array):

@@ -10,11 +10,10 @@ import numpy as np
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import LR_UM, Grid, add_up
 from stsr.histology.image import Image
-from stsr.store import catalogue, names
-from stsr.store import discovery as foreign
-from stsr.store.arrays import Stored
+from stsr.store import catalogue, discovery, names
+from stsr.store.arrays import StoredArray
 from stsr.store.discovery import Frame
-from stsr.store.parts import Cells, HighRes, Mask, Spots
+from stsr.store.parts import Cells, Map, Mask, Spots
 
 SUPPORT_UM = 10.0
 """Bin size at which support is decided; coarser bins follow from it."""
@@ -85,7 +84,7 @@ class Section:
         um_per_unit = self._um_per_unit or own.get("um_per_unit")
         if system and um_per_unit:
             return Frame(system, float(um_per_unit))
-        return foreign.find_frame(self.sdata, system, um_per_unit)
+        return discovery.find_frame(self.sdata, system, um_per_unit)
 
     @property
     def provenance(self) -> dict[str, dict]:
@@ -103,7 +102,7 @@ class Section:
         name = (
             names.HE
             if self.elements.get(names.HE) == "images"
-            else foreign.find_image(self.sdata, self.frame)
+            else discovery.find_image(self.sdata, self.frame)
         )
         if name is None:
             return None
@@ -112,26 +111,26 @@ class Section:
     @cached_property
     def spots(self) -> Spots | None:
         """The measured spots, or None."""
-        found = foreign.find_spots(self.sdata)
+        found = discovery.find_spots(self.sdata)
         if found is None:
             return None
         shapes, table = found
-        geometry, rows = foreign.annotated(self.sdata, shapes, table)
-        centres, sizes, shape = foreign.outline(geometry, self._to_um(self.sdata.shapes[shapes]))
+        geometry, rows = discovery.annotated(self.sdata, shapes, table)
+        centres, sizes, shape = discovery.outline(geometry, self._to_um(self.sdata.shapes[shapes]))
         size = float(np.median(sizes)) if len(sizes) else LR_UM
         if names.FRAME_KEY not in catalogue.root_attributes(self.path):
-            size = foreign.true_size(centres, size, shape)
+            size = discovery.true_size(centres, size, shape)
         annotation = self.sdata.tables[table]
-        counts, genes = foreign.raw_counts(annotation, rows, self.path.name)
+        counts, genes = discovery.raw_counts(annotation, rows, self.path.name)
         return Spots(centres, counts, genes, shape, size)
 
     @cached_property
-    def hr(self) -> HighRes | None:
+    def hr(self) -> Map | None:
         """The finest measured counts per bin, ``hr_*um``, or None."""
         found = catalogue.hr_elements(self.path)
         return self.map(found[0]) if found else None
 
-    def map(self, element: str) -> HighRes:
+    def map(self, element: str) -> Map:
         """Any (gene, y, x) image of the store, such as ``superres_x10``.
 
         Raises
@@ -157,12 +156,12 @@ class Section:
         named = names.bin_um_of(element)
         bin_um = named if named and abs(named - to_um[0, 0]) < 1e-3 * named else float(to_um[0, 0])
         genes = genes or [str(number) for number in range(array.shape[0])]
-        return HighRes(Grid(float(to_um[0, 2]), float(to_um[1, 2]), bin_um, *array.shape[1:]), genes, array)
+        return Map(Grid(float(to_um[0, 2]), float(to_um[1, 2]), bin_um, *array.shape[1:]), genes, array)
 
-    def arrays(self, kind: str, element: str) -> list[Stored]:
+    def arrays(self, kind: str, element: str) -> list[StoredArray]:
         """An element's levels as arrays on disk, fine to coarse: dask's graph would cost more than a tile."""
         levels, _ = catalogue.image_metadata(self.path, element)
-        return [Stored(self.path / kind / element / level) for level in levels]
+        return [StoredArray(self.path / kind / element / level) for level in levels]
 
     @cached_property
     def tissue(self) -> Mask | None:
@@ -192,7 +191,7 @@ class Section:
     @cached_property
     def cells(self) -> Cells | None:
         """The segmented cells with their table if they have one, or None."""
-        found = foreign.find_cells(self.sdata)
+        found = discovery.find_cells(self.sdata)
         if found is None:
             return None
         shapes, table = found
@@ -200,9 +199,9 @@ class Section:
         if table is None:
             geometry, rows, annotation = self.sdata.shapes[shapes], None, None
         else:
-            geometry, rows = foreign.annotated(self.sdata, shapes, table)
+            geometry, rows = discovery.annotated(self.sdata, shapes, table)
             annotation = self.sdata.tables[table][rows]
-        return Cells(foreign.in_um(geometry, to_um), annotation)
+        return Cells(discovery.in_um(geometry, to_um), annotation)
 
     @property
     def extent_um(self) -> tuple[float, float, float, float]:
@@ -282,4 +281,4 @@ class Section:
         }
 
     def _to_um(self, element) -> np.ndarray:
-        return foreign.affine(element, self.frame.name, self.frame.um_per_unit)
+        return discovery.affine(element, self.frame.name, self.frame.um_per_unit)

@@ -16,6 +16,7 @@ from stsr.files import disk_errors
 from stsr.geometry.grid import Grid
 from stsr.store import catalogue, names, publishing
 from stsr.store.consolidated import consolidate
+from stsr.store.elements import placed
 from stsr.store.workspace import Workspace
 
 CHUNKS = (16, 256, 256)
@@ -194,12 +195,10 @@ class MapWriter:
     def _tiny(self, levels: int):
         """An image of one channel with the right transformation and number of levels."""
         from spatialdata.models import Image2DModel
-        from spatialdata.transformations import Affine
 
         from stsr.store.section import open_section
 
         frame = open_section(self.store).frame
-        matrix = np.diag([1 / frame.um_per_unit, 1 / frame.um_per_unit, 1.0]) @ self.grid.bin_to_um
         side = 2**levels
         with catalogue.quiet():
             return Image2DModel.parse(
@@ -207,7 +206,7 @@ class MapWriter:
                 dims=("c", "y", "x"),
                 c_coords=["gene"],
                 scale_factors=[2] * (levels - 1) or None,
-                transformations={frame.name: Affine(matrix, ("x", "y"), ("x", "y"))},
+                transformations=placed(self.grid.bin_to_um, frame),
             )
 
     def _open(self) -> None:

@@ -50,7 +50,7 @@ def prepared(tmp_path_factory):
     maps[:, EMPTY_ROWS] *= 0.005
     tissue = np.ones((40, 40), bool)
     tissue[:, GLASS_COLUMNS] = False
-    place = elements.affine(GRID.bin_to_um)
+    place = elements.placed(GRID.bin_to_um)
 
     def image(values):
         return Image2DModel.parse(values, dims=("c", "y", "x"), c_coords=GENES, transformations=place)
@@ -58,7 +58,7 @@ def prepared(tmp_path_factory):
     he = Image2DModel.parse(
         np.full((3, 80, 80), 200, np.uint8),
         dims=("c", "y", "x"),
-        transformations=elements.affine(GRID.at(5.0).bin_to_um),
+        transformations=elements.placed(GRID.at(5.0).bin_to_um),
     )
     measured = np.random.default_rng(0).poisson(maps).astype(np.uint16)
     centres = np.array([[50.0, 300.0], [300.0, 100.0], [90.0, 120.0], [30.0, 30.0]])
@@ -74,7 +74,7 @@ def prepared(tmp_path_factory):
             "hr_10um": image(measured),
             "superres_x10": image(maps),
             "superres_x10_sd": image(0.3 * maps),
-            "tissue": elements.tissue_labels(tissue, GRID),
+            "tissue": elements.labels(tissue, GRID),
             "cells": elements.spot_shapes(centres, "disc", 12.0, cells.obs_names),
             "cells_x10": elements.table(cells, "cells", centres),
         }

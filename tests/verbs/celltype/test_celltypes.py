@@ -10,8 +10,7 @@ import pytest
 import scipy.sparse as sp
 
 from stsr.errors import UsageError
-from stsr.verbs.celltype import model as celltypes
-from stsr.verbs.celltype import signatures
+from stsr.verbs.celltype import model, signatures
 
 GENES = [f"G{number}" for number in range(30)]
 
@@ -28,8 +27,8 @@ def profiles():
 
 def test_expected_counts_give_back_their_mixture(profiles):
     weights = np.array([[100, 0, 0], [10, 80, 10], [0, 30, 70], [0.2, 0.3, 0.5]], np.float32)
-    found = celltypes.transcripts_by_type(weights @ profiles.T, profiles, steps=2000)
-    np.testing.assert_allclose(celltypes.proportions(found), celltypes.proportions(weights), atol=0.02)
+    found = model.transcripts_by_type(weights @ profiles.T, profiles, steps=2000)
+    np.testing.assert_allclose(model.proportions(found), model.proportions(weights), atol=0.02)
     np.testing.assert_allclose(found.sum(1), weights.sum(1), rtol=1e-3)
 
 
@@ -37,7 +36,7 @@ def test_the_likelihood_never_falls(profiles):
     counts = np.random.default_rng(2).poisson(3.0, size=(20, 30))
 
     def deviance(steps):
-        mean = celltypes.transcripts_by_type(counts, profiles, steps=steps) @ profiles.T
+        mean = model.transcripts_by_type(counts, profiles, steps=steps) @ profiles.T
         return (mean - counts * np.log(np.maximum(mean, 1e-12))).sum()
 
     values = [deviance(steps) for steps in (10, 20, 50, 200)]
@@ -57,16 +56,14 @@ def test_the_maximum_agrees_with_a_general_optimiser(profiles):
     best = np.exp(
         minimize(deviance, np.log([10.0, 10, 10]), method="Nelder-Mead", options={"maxiter": 5000}).x
     )
-    found = celltypes.transcripts_by_type(counts[None], profiles, steps=3000)[0]
+    found = model.transcripts_by_type(counts[None], profiles, steps=3000)[0]
     np.testing.assert_allclose(found, best, atol=0.01 * counts.sum())
 
 
 def test_signatures_that_share_no_gene_are_counting():
     flat = np.kron(np.eye(2), np.ones((2, 1)))  # genes 0, 1 are of the first type; 2, 3 of the second
     counts = np.array([[3, 1, 2, 0], [0, 0, 0, 5], [0, 0, 0, 0]])
-    np.testing.assert_allclose(
-        celltypes.transcripts_by_type(counts, flat), [[4, 2], [0, 5], [0, 0]], atol=1e-3
-    )
+    np.testing.assert_allclose(model.transcripts_by_type(counts, flat), [[4, 2], [0, 5], [0, 0]], atol=1e-3)
 
 
 def test_platform_effects_are_found():
@@ -77,28 +74,28 @@ def test_platform_effects_are_found():
     effects /= np.exp(np.log(effects).mean())
     weights = rng.dirichlet([0.3] * 5, 300) * 200
     counts = rng.poisson(weights @ (many * effects[:, None]).T)
-    found = celltypes.platform_effects(counts.sum(0), many)
+    found = model.platform_effects(counts.sum(0), many)
     assert np.corrcoef(np.log(found), np.log(effects))[0, 1] > 0.97
     assert np.exp(np.log(found).mean()) == pytest.approx(1)
 
 
 def test_without_platform_effects_none_are_found(profiles):
     np.testing.assert_allclose(
-        celltypes.platform_effects(1e6 * profiles @ [0.5, 0.3, 0.2], profiles), 1, atol=0.01
+        model.platform_effects(1e6 * profiles @ [0.5, 0.3, 0.2], profiles), 1, atol=0.01
     )
 
 
 def test_what_is_unassigned():
     shares = np.array([[0.5, 0.3, 0.2], [0.35, 0.33, 0.32], [0.1, 0.1, 0.8], [0, 0, 0]])
-    codes = celltypes.assign(shares, np.array([10, 10, 4, 0]), min_probability=0.4, min_counts=5)
+    codes = model.assign(shares, np.array([10, 10, 4, 0]), min_probability=0.4, min_counts=5)
     np.testing.assert_array_equal(codes, [1, 0, 0, 0])
 
 
 def test_agreement_falls_with_the_spread(profiles):
     counts = (np.array([[60, 40, 0]] * 200) @ profiles.T).astype(np.float32)
-    weights = celltypes.transcripts_by_type(counts, profiles)
+    weights = model.transcripts_by_type(counts, profiles)
     found = [
-        celltypes.agreement(counts, part * counts, profiles, weights, 10, np.random.default_rng(0)).mean()
+        model.agreement(counts, part * counts, profiles, weights, 10, np.random.default_rng(0)).mean()
         for part in (0.0, 0.5, 3.0)
     ]
     assert found[0] == 1 and found[0] >= found[1] > found[2] + 0.05
@@ -114,11 +111,11 @@ def test_clusters_and_their_markers():
     rate[0, :3] = rate[1, 3:6] = 12
     group = np.repeat([0, 1], [90, 60])
     counts = rng.poisson(rate[group])
-    labels = celltypes.clusters(counts, 0.3, seed=0)
+    labels = model.clusters(counts, 0.3, seed=0)
     np.testing.assert_array_equal(labels, group)  # the larger is 0
-    np.testing.assert_array_equal(labels, celltypes.clusters(counts, 0.3, seed=0))
+    np.testing.assert_array_equal(labels, model.clusters(counts, 0.3, seed=0))
     genes = GENES[:12]
-    assert [set(best) for best in celltypes.ranked_markers(counts, labels, genes, 3)] == [
+    assert [set(best) for best in model.ranked_markers(counts, labels, genes, 3)] == [
         set(genes[:3]),
         set(genes[3:6]),
     ]
@@ -127,22 +124,22 @@ def test_clusters_and_their_markers():
 def test_too_few_places_to_cluster():
     pytest.importorskip("igraph")
     with pytest.raises(UsageError, match="too few"):
-        celltypes.clusters(np.ones((20, 5)), 1.0, 0)
+        model.clusters(np.ones((20, 5)), 1.0, 0)
 
 
 # -------------------------------------------------------------------------------------------------- colours
 
 
 def test_colours_follow_names():
-    many = ["T_cell", "Fibroblast", "strange", "Zebra", "cluster 1", "cluster 2", celltypes.UNASSIGNED]
-    first = dict(zip(many, celltypes.colours(many), strict=True))
+    many = ["T_cell", "Fibroblast", "strange", "Zebra", "cluster 1", "cluster 2", model.UNASSIGNED]
+    first = dict(zip(many, model.colours(many), strict=True))
     assert len(set(first.values())) == len(many)
-    assert first[celltypes.UNASSIGNED] == celltypes.GREY
+    assert first[model.UNASSIGNED] == model.GREY
     for name in many:
-        assert celltypes.colours([name]) == [first[name]]
-    assert celltypes.colours(["T cell"]) == celltypes.colours(["t_cells"])
+        assert model.colours([name]) == [first[name]]
+    assert model.colours(["T cell"]) == model.colours(["t_cells"])
     forty = [f"cluster {number}" for number in range(40)]
-    assert len(set(celltypes.colours(forty))) == 40
+    assert len(set(model.colours(forty))) == 40
 
 
 # ----------------------------------------------------------------------------------------------- references

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 
-from stsr.verbs.gec import matrices as correlation
+from stsr.verbs.gec import matrices
 from stsr.verbs.gec.correlogram import Correlogram, effective_places, modified_t_test
 
 
@@ -19,8 +19,8 @@ def values():
 
 @pytest.mark.parametrize("memory_genes", [16, 32, 1000])
 def test_matrices_do_not_depend_on_how_the_genes_are_cut(values, monkeypatch, memory_genes):
-    monkeypatch.setattr(correlation, "MEMORY_BYTES", memory_genes * 4 * 300)
-    monkeypatch.setattr(correlation, "_PASSING_BYTES", 1)
+    monkeypatch.setattr(matrices, "MEMORY_BYTES", memory_genes * 4 * 300)
+    monkeypatch.setattr(matrices, "_PASSING_BYTES", 1)
     most = 0
 
     def read(part):
@@ -29,8 +29,8 @@ def test_matrices_do_not_depend_on_how_the_genes_are_cut(values, monkeypatch, me
         return values[part]
 
     seen = []
-    pearson = correlation.pearson_matrix(read, 40, 300, lambda done, total: seen.append(done / total))
-    spearman = correlation.spearman_matrix(read, 40, 300)
+    pearson = matrices.pearson_matrix(read, 40, 300, lambda done, total: seen.append(done / total))
+    spearman = matrices.spearman_matrix(read, 40, 300)
     np.testing.assert_allclose(pearson, np.corrcoef(values), atol=1e-5)
     np.testing.assert_allclose(spearman, stats.spearmanr(values.T).statistic, atol=1e-5)
     assert most <= 16 and seen == sorted(seen) and seen[-1] == 1
@@ -38,8 +38,8 @@ def test_matrices_do_not_depend_on_how_the_genes_are_cut(values, monkeypatch, me
 
 def test_three_hand_made_genes():
     rows = np.array([[1.0, 2, 3, 4], [4.0, 3, 2, 1], [1.0, 3, 2, 10]])
-    pearson = correlation.pearson_matrix(lambda part: rows[part], 3, 4)
-    spearman = correlation.spearman_matrix(lambda part: rows[part], 3, 4)
+    pearson = matrices.pearson_matrix(lambda part: rows[part], 3, 4)
+    spearman = matrices.spearman_matrix(lambda part: rows[part], 3, 4)
     assert pearson[0, 1] == pytest.approx(-1, abs=1e-6)
     assert pearson[0, 2] == pytest.approx(13 / np.sqrt(5 * 50), abs=1e-6)
     assert spearman[0, 2] == pytest.approx(0.8, abs=1e-6)
@@ -47,16 +47,16 @@ def test_three_hand_made_genes():
 
 def test_a_gene_that_does_not_vary_correlates_with_nothing():
     rows = np.array([[0.1] * 7, [0.0] * 7, [1.0, 2, 3, 4, 5, 6, 7]])
-    matrix = correlation.pearson_matrix(lambda part: rows[part], 3, 7)
+    matrix = matrices.pearson_matrix(lambda part: rows[part], 3, 7)
     np.testing.assert_allclose(matrix[2], [0, 0, 1], atol=1e-6)
 
 
 def test_midranks_are_those_of_scipy(values):
-    np.testing.assert_array_equal(correlation.midranks(values), stats.rankdata(values, axis=1))
+    np.testing.assert_array_equal(matrices.midranks(values), stats.rankdata(values, axis=1))
 
 
 def test_moments(values):
-    mean, variance = correlation.moments(lambda part: values[part], 40)
+    mean, variance = matrices.moments(lambda part: values[part], 40)
     np.testing.assert_allclose(mean, values.mean(1))
     np.testing.assert_allclose(variance, values.var(1, ddof=1))
 
@@ -71,7 +71,7 @@ def test_counting_noise_is_taken_out_of_the_correlation():
     intensity = np.stack([0.4 * shared + 0.2 * own[0], 0.3 * shared + 0.1 * own[1], 0.5 * own[2]])
     counts = rng.poisson(np.concatenate([intensity, np.full((1, 40_000), 0.5)]))
     raw = np.corrcoef(counts)
-    corrected = correlation.without_counting_noise(raw, counts.mean(1), counts.var(1, ddof=1))
+    corrected = matrices.without_counting_noise(raw, counts.mean(1), counts.var(1, ddof=1))
     known = np.corrcoef(intensity)
     assert raw[0, 1] < 0.5 * known[0, 1]
     np.testing.assert_allclose(corrected[:3, :3], known, atol=0.06)
@@ -81,13 +81,13 @@ def test_counting_noise_is_taken_out_of_the_correlation():
 def test_distance_of_matrices():
     truth = np.array([[1, 0.1, 0.2], [0.1, 1, 0.5], [0.2, 0.5, 1]])
     more = truth + 0.1 * (1 - np.eye(3))
-    found = correlation.matrix_distance(more, truth)
+    found = matrices.matrix_distance(more, truth)
     assert found["rmse"] == pytest.approx(0.1) and found["bias"] == pytest.approx(0.1)
     assert found["frobenius"] == pytest.approx(np.linalg.norm(more - truth))
     assert found["pattern"] == pytest.approx(1) and found["pairs"] == 3
     holes = truth.copy()
     holes[0, 1] = holes[1, 0] = np.nan
-    assert correlation.matrix_distance(holes, truth)["pairs"] == 2
+    assert matrices.matrix_distance(holes, truth)["pairs"] == 2
 
 
 # --------------------------------------------------------------------------------------------------- results
@@ -97,17 +97,17 @@ def test_strongest_pairs_and_those_that_share_no_gene():
     matrix = np.eye(5)
     for (i, j), r in {(0, 1): 0.9, (0, 2): -0.95, (1, 2): 0.8, (3, 4): 0.3}.items():
         matrix[i, j] = matrix[j, i] = r
-    i, j = correlation.strongest_pairs(matrix, 3)
+    i, j = matrices.strongest_pairs(matrix, 3)
     assert list(zip(i, j, strict=True)) == [(0, 2), (0, 1), (1, 2)]
-    assert len(correlation.strongest_pairs(matrix, 100)[0]) == 10
-    assert correlation.separate_pairs(matrix, 5) == [(0, 1), (3, 4)]
-    assert correlation.separate_pairs(-matrix, 5) == [(0, 2)]
+    assert len(matrices.strongest_pairs(matrix, 100)[0]) == 10
+    assert matrices.separate_pairs(matrix, 5) == [(0, 1), (3, 4)]
+    assert matrices.separate_pairs(-matrix, 5) == [(0, 2)]
 
 
 def test_false_discovery_rates_count_each_pair_once():
     p = np.zeros((3, 3))
     p[np.triu_indices(3, 1)] = [0.01, 0.04, 0.03]
-    q = correlation.adjusted(p + p.T)
+    q = matrices.adjusted(p + p.T)
     np.testing.assert_allclose(q[np.triu_indices(3, 1)], [0.03, 0.04, 0.04])
     np.testing.assert_array_equal(q, q.T)
 
@@ -122,7 +122,7 @@ def _smooth(rng, shape, sigma_bins):
 
 
 def _rasters(mask, fields):
-    standard = correlation.standardised(np.stack([field[mask] for field in fields]))
+    standard = matrices.standardised(np.stack([field[mask] for field in fields]))
     rasters = np.zeros((len(fields), *mask.shape))
     rasters[:, mask] = standard
     return rasters, float(standard[0].astype(float) @ standard[1])
@@ -132,7 +132,7 @@ def test_correlation_by_distance_is_the_mean_over_all_pairs_of_places():
     rng = np.random.default_rng(2)
     number = rng.integers(0, 4, (6, 7))  # up to three cells in a bin
     rows, columns = (np.repeat(index.ravel(), number.ravel()) for index in np.indices(number.shape))
-    a, b = correlation.standardised(rng.random((2, len(rows)))).astype(float)
+    a, b = matrices.standardised(rng.random((2, len(rows)))).astype(float)
     gather = np.zeros((2, *number.shape))
     for values, raster in zip((a, b), gather, strict=True):
         np.add.at(raster, (rows, columns), values)

@@ -47,12 +47,12 @@ def hand_made(tmp_path_factory, counts):
     values[1][~mask] = 99 - values[0][~mask]
 
     def image(maps):
-        transformations = elements.affine(GRID.bin_to_um)
+        transformations = elements.placed(GRID.bin_to_um)
         lazy = da.from_array(maps, chunks=(2, 20, 30))
         return Image2DModel.parse(lazy, dims=("c", "y", "x"), c_coords=GENES, transformations=transformations)
 
     path = tmp_path_factory.mktemp("hand") / "hand.zarr"
-    parts = {"hr_10um": image(values.astype(np.uint16)), "tissue": elements.tissue_labels(mask, GRID)}
+    parts = {"hr_10um": image(values.astype(np.uint16)), "tissue": elements.labels(mask, GRID)}
     publishing.create(path, SpatialData.init_from_elements(parts), {name: {} for name in parts})
     made = {"command": "superres", "method": "none"}
     publishing.publish(path, {"superres_x10": image(values.astype(np.float32))}, {"superres_x10": made})

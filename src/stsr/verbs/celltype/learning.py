@@ -10,7 +10,7 @@ import numpy as np
 from stsr.errors import UsageError
 from stsr.progress import Progress
 from stsr.store.places import Bins, Cells
-from stsr.verbs.celltype import model as celltypes
+from stsr.verbs.celltype import model
 from stsr.verbs.celltype.signatures import Signatures, from_markers, read_markers, read_reference
 
 _MOST_GENES = 2000  # the most informative ones: more cost time and memory and tell little
@@ -68,8 +68,8 @@ def learn_reference(places: Bins | Cells, reference: str | Path, label_key: str 
     seen = (totals > 0) & (signatures.counts.sum(1) > 0)
     _check_shared(int(seen.sum()), whole, places, Path(reference).name)
     signatures = _kept(signatures, seen)
-    effects = celltypes.platform_effects(totals[seen], signatures.profiles)
-    alike = np.abs(np.log(effects / np.median(effects))) < np.log(celltypes.FOLD)
+    effects = model.platform_effects(totals[seen], signatures.profiles)
+    alike = np.abs(np.log(effects / np.median(effects))) < np.log(model.FOLD)
     notes = [
         *whole.notes,
         f"{len(common)} of the reference's {len(whole.genes)} genes are in {places.element}",
@@ -77,7 +77,7 @@ def learn_reference(places: Bins | Cells, reference: str | Path, label_key: str 
     if not alike.all():
         far = [gene for gene, same in zip(signatures.genes, alike, strict=True) if not same]
         notes.append(
-            f"{len(far)} genes that reference and section see over {celltypes.FOLD:g} times differently are left "
+            f"{len(far)} genes that reference and section see over {model.FOLD:g} times differently are left "
             f"out: {', '.join(far[:8])}{', ...' if len(far) > 8 else ''}"
         )
     signatures = replace(_kept(signatures, alike), notes=notes)
@@ -119,12 +119,12 @@ def learn_clusters(places: Bins | Cells, resolution: float, min_counts: float, s
     is_chosen[chosen] = True
     counts = np.concatenate([values[is_chosen[number]] for number, values, _ in places.blocks(genes)])
     counts = counts[counts.sum(1) >= max(min_counts, np.finfo(np.float32).tiny)]
-    labels = celltypes.clusters(counts, resolution, seed)
+    labels = model.clusters(counts, resolution, seed)
     sums = np.stack([counts[labels == label].sum(0) for label in range(labels.max() + 1)], axis=1)  # (g, k)
     types = [f"cluster {number}" for number in range(1, sums.shape[1] + 1)]
     if len(types) < 2:
         raise UsageError("all places are one cluster; raise --resolution, or give --reference or --markers")
-    shown = celltypes.ranked_markers(counts, labels, genes, _SHOWN_GENES)
+    shown = model.ranked_markers(counts, labels, genes, _SHOWN_GENES)
     return Learned(Signatures(types, genes, sums.astype(np.float64)), np.ones(len(genes)), shown)
 
 
@@ -150,12 +150,12 @@ def fit(places: Bins | Cells, learned: Learned, draws: int, seed: int, progress:
     confidence = np.zeros(len(places), np.float32) if uncertain else None
     done = 0
     for number, (where, counts, spread) in enumerate(places.blocks(learned.signatures.genes, uncertain)):
-        weights = celltypes.transcripts_by_type(counts, learned.matrix)
-        shares[where] = celltypes.proportions(weights)
+        weights = model.transcripts_by_type(counts, learned.matrix)
+        shares[where] = model.proportions(weights)
         totals[where] = counts.sum(1)
         if uncertain:
             rng = np.random.default_rng([seed, number])
-            confidence[where] = celltypes.agreement(counts, spread, learned.matrix, weights, draws, rng)
+            confidence[where] = model.agreement(counts, spread, learned.matrix, weights, draws, rng)
         done += len(where)
         progress(done, len(places), "typing")
     return Fit(shares, totals, confidence)

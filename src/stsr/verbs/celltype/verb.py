@@ -13,11 +13,11 @@ import pandas as pd
 
 from stsr.errors import StsrError, UsageError
 from stsr.progress import Progress, Report, silent
-from stsr.store import catalogue, names
+from stsr.store import catalogue, elements, names
 from stsr.store.places import Bins, Cells, newest_cells
 from stsr.store.publishing import publish
 from stsr.store.section import Section, open_section
-from stsr.verbs.celltype import model as celltypes
+from stsr.verbs.celltype import model
 from stsr.verbs.celltype.learning import (
     Fit,
     Learned,
@@ -139,14 +139,14 @@ def celltype(
     _check(markers, reference, label_key, per, min_probability, min_counts, draws, resolution)
     section = open_section(store)
     places = _places(section, source, per)
-    elements = _elements(places, name)
-    catalogue.check_free(section.path, elements, overwrite)
+    outputs = _outputs(places, name)
+    catalogue.check_free(section.path, outputs, overwrite)
     learned = _learn(places, markers, reference, label_key, resolution, min_counts, seed)
     signatures = learned.signatures
     for note in signatures.notes:
         (report or silent)(note)
     found = fit(places, learned, draws, seed, progress or silent)
-    codes = celltypes.assign(found.shares, found.counts, min_probability, min_counts)
+    codes = model.assign(found.shares, found.counts, min_probability, min_counts)
     provenance = {
         "command": "celltype",
         "origin": "predicted",
@@ -163,14 +163,14 @@ def celltype(
         "seed": seed,
         "units": "share of the counts of a bin or cell",
     }
-    made = _made(elements, places, learned, found, codes, section.frame)
+    made = _made(outputs, places, learned, found, codes, section.frame)
     publish(section.path, made, dict.fromkeys(made, provenance), overwrite)
     numbers = np.bincount(codes, minlength=len(signatures.types) + 1)
     sure = [] if found.confidence is None else found.confidence[codes > 0]
     return Celltypes(
         store=section.path,
-        element=elements[0],
-        tables=elements[1:],
+        element=outputs[0],
+        tables=outputs[1:],
         source=places.element,
         types=dict(zip(signatures.types, numbers[1:].tolist(), strict=True)),
         unassigned=int(numbers[0]),
@@ -210,7 +210,7 @@ def _places(section: Section, source: str | None, per: str) -> Bins | Cells:
     return places
 
 
-def _elements(places: Bins | Cells, name: str | None) -> list[str]:
+def _outputs(places: Bins | Cells, name: str | None) -> list[str]:
     """Names of what will be written, the one to tell the user first."""
     usual = names.celltype_name(places.scale) if places.scale else names.celltype_name(10)
     if isinstance(places, Cells):
@@ -244,27 +244,19 @@ def _way(markers, reference, label_key, resolution) -> dict:
 
 
 def _made(
-    elements: list[str], places: Bins | Cells, learned: Learned, fit: Fit, codes: np.ndarray, frame
+    outputs: list[str], places: Bins | Cells, learned: Learned, fit: Fit, codes: np.ndarray, frame
 ) -> dict:
     """{name: element} of everything to publish."""
     if isinstance(places, Cells):
-        return {elements[0]: _cells_table(places, learned, fit, codes)}
-    from spatialdata.models import Labels2DModel, TableModel
-    from spatialdata.transformations import Affine
-
-    labels, types, bins = elements
-    to_unit = np.diag([1 / frame.um_per_unit, 1 / frame.um_per_unit, 1.0]) @ places.grid.bin_to_um
-    raster = Labels2DModel.parse(
-        places.raster(codes.astype(np.uint16)),
-        dims=("y", "x"),
-        transformations={frame.name: Affine(to_unit, ("x", "y"), ("x", "y"))},
-    )
+        return {outputs[0]: _cells_table(places, learned, fit, codes)}
+    labels, types, bins = outputs
+    raster = elements.labels(places.raster(codes.astype(np.uint16)), places.grid, frame)
     table = _table(
         learned, fit, codes, [f"{r}_{c}" for r, c in zip(places.rows, places.columns, strict=True)]
     )
     table.obs["row"], table.obs["column"] = places.rows, places.columns
     table.obsm["spatial"] = places.centres_um
-    return {labels: raster, types: _types_table(labels, learned, codes), bins: TableModel.parse(table)}
+    return {labels: raster, types: _types_table(labels, learned, codes), bins: elements.free_table(table)}
 
 
 def _table(learned: Learned, fit: Fit, codes: np.ndarray, rows: list[str]):
@@ -279,43 +271,27 @@ def _table(learned: Learned, fit: Fit, codes: np.ndarray, rows: list[str]):
         table.obs["confidence"] = fit.confidence
     table.obs["counts"] = fit.counts
     table.obsm["proportions"] = pd.DataFrame(fit.shares, rows, types)  # where squidpy and decoupler look
-    table.uns["celltype_colors"] = celltypes.colours([*types, UNASSIGNED])
+    table.uns["celltype_colors"] = model.colours([*types, UNASSIGNED])
     return table
 
 
 def _cells_table(places: Cells, learned: Learned, fit: Fit, codes: np.ndarray):
     """The same for cells: annotates the shapes that the source annotates."""
-    from stsr.store import elements
-
     table = _table(learned, fit, codes, [str(name) for name in places.table.obs_names])
-    table.obs[elements.REGION] = pd.Categorical([places.region] * len(places))
-    table.obs[elements.INSTANCE] = places.instances
     if places.centres_um is not None:
         table.obsm["spatial"] = np.asarray(places.centres_um, float)
-    return _annotating(table, places.region)
+    return elements.annotating(table, places.region, places.instances)
 
 
 def _types_table(labels: str, learned: Learned, codes: np.ndarray):
     """One row for each code of the labels: what it stands for."""
     import anndata
 
-    from stsr.store import elements
-
     types = learned.signatures.types
     rows = pd.DataFrame(index=types)
     rows["celltype"] = pd.Categorical(types, types)
-    rows["color"] = celltypes.colours(types)
+    rows["color"] = model.colours(types)
     rows["bins"] = np.bincount(codes, minlength=len(types) + 1)[1:]
     rows["genes"] = [", ".join(genes) for genes in learned.shown]
-    rows[elements.REGION] = pd.Categorical([labels] * len(types))
-    rows[elements.INSTANCE] = np.arange(1, len(types) + 1)
-    table = anndata.AnnData(obs=rows, uns={"celltype_colors": celltypes.colours(types)})
-    return _annotating(table, labels)
-
-
-def _annotating(table, region: str):
-    from spatialdata.models import TableModel
-
-    from stsr.store import elements
-
-    return TableModel.parse(table, region=region, region_key=elements.REGION, instance_key=elements.INSTANCE)
+    table = anndata.AnnData(obs=rows, uns={"celltype_colors": model.colours(types)})
+    return elements.annotating(table, labels, np.arange(1, len(types) + 1))

@@ -10,7 +10,7 @@ import pandas as pd
 from stsr.errors import StsrError, UsageError
 from stsr.progress import Progress
 from stsr.store.gec_places import BinPlaces, CellPlaces, SpotPlaces
-from stsr.verbs.gec import matrices as correlation
+from stsr.verbs.gec import matrices
 from stsr.verbs.gec.correlogram import Correlogram, effective_places, modified_t_test
 
 LAG_PAIRS = 10
@@ -31,7 +31,7 @@ def varying(places: Places, genes: Sequence[str]) -> tuple[list[str], pd.DataFra
     StsrError
         If fewer than two do, or values are no numbers.
     """
-    mean, variance = correlation.moments(_reader(places, genes), len(genes))
+    mean, variance = matrices.moments(_reader(places, genes), len(genes))
     if not np.isfinite(mean).all():
         raise StsrError(
             f"{places.name} has values that are no numbers; make it again, or name another --from"
@@ -76,14 +76,14 @@ def correlate(
     from scipy.cluster.hierarchy import leaves_list
 
     read, count = _reader(places, genes), len(genes)
-    pearson = correlation.pearson_matrix(read, count, places.count, _labelled(progress, "Pearson"))
-    spearman = correlation.spearman_matrix(read, count, places.count, _labelled(progress, "Spearman"))
+    pearson = matrices.pearson_matrix(read, count, places.count, _labelled(progress, "Pearson"))
+    spearman = matrices.spearman_matrix(read, count, places.count, _labelled(progress, "Spearman"))
     correlogram = Correlogram(places.number, places.grid.bin_um)
     effective, p = _tested(pearson, _autocorrelations(places, genes, correlogram, progress), correlogram)
-    tree = correlation.cluster_tree(pearson)
+    tree = matrices.cluster_tree(pearson)
     about = pd.DataFrame({"order": np.argsort(leaves_list(tree))}, index=pd.Index(genes, dtype=object))
     table = AnnData(pearson, obs=about, var=about.copy())
-    q = correlation.adjusted(p)
+    q = matrices.adjusted(p)
     for name, layer in (("spearman", spearman), ("effective_places", effective), ("p", p), ("q", q)):
         table.layers[name] = layer
     table.uns["linkage"] = tree
@@ -106,7 +106,7 @@ def _tested(pearson, auto, correlogram) -> tuple[np.ndarray, np.ndarray]:
 def _autocorrelations(places, genes, correlogram, progress) -> np.ndarray:
     parts = []
     for start in range(0, len(genes), _READ_GENES):
-        values = correlation.standardised(places.read(genes[start : start + _READ_GENES]))
+        values = matrices.standardised(places.read(genes[start : start + _READ_GENES]))
         parts.append(correlogram.auto(places.rasters(values)))
         progress(start, len(genes), "autocorrelation")
     return np.concatenate(parts)
@@ -114,7 +114,7 @@ def _autocorrelations(places, genes, correlogram, progress) -> np.ndarray:
 
 def _pairs(table, top: int) -> pd.DataFrame:
     """The strongest pairs, a row each."""
-    i, j = correlation.strongest_pairs(table.X, top)
+    i, j = matrices.strongest_pairs(table.X, top)
     found = {"gene_a": table.obs_names[i].astype(str), "gene_b": table.obs_names[j].astype(str)}
     found["pearson"] = table.X[i, j].astype(float)
     for layer in ("spearman", "effective_places", "p", "q"):
@@ -128,17 +128,15 @@ def _look_closer(table, places, correlogram, lags, progress) -> None:
     if isinstance(places, BinPlaces):
         tests = []
         for number, (a, b) in enumerate(zip(pairs["gene_a"], pairs["gene_b"], strict=True)):
-            tests.append(
-                correlogram.shift_test(*places.rasters(correlation.standardised(places.read([a, b]))))
-            )
+            tests.append(correlogram.shift_test(*places.rasters(matrices.standardised(places.read([a, b])))))
             progress(number + 1, len(pairs), "shifting pairs")
         pairs["p_shift"] = tests
-    strong = [(genes[i], genes[j]) for i, j in correlation.separate_pairs(table.X, LAG_PAIRS)]
+    strong = [(genes[i], genes[j]) for i, j in matrices.separate_pairs(table.X, LAG_PAIRS)]
     half_um = min(places.grid.shape) * places.grid.bin_um / 2  # farther apart are few pairs
     near = correlogram.lags_um <= min(LONGEST_LAG_UM, half_um)
     curves = []
     for a, b in dict.fromkeys([*lags, *strong]):
-        values = correlation.standardised(places.read([a, b]))
+        values = matrices.standardised(places.read([a, b]))
         curve = correlogram.cross(*places.rasters(values), float(values[0].astype(float) @ values[1]))
         about = {"gene_a": a, "gene_b": b, "lag_um": correlogram.lags_um[near]}
         curves.append(pd.DataFrame({**about, "correlation": curve[near]}))
@@ -227,19 +225,19 @@ def compare(
     own_matrices = {kind: matrix[np.ix_(index, index)] for kind, matrix in own_matrices.items()}
     rows = _rows(own, truth.count, own_matrices, truths)
     for other in others:
-        matrices = _matrices(other, genes)
-        rows += _rows(other.name, other.count, matrices, truths)
+        found = _matrices(other, genes)
+        rows += _rows(other.name, other.count, found, truths)
         if denoise and isinstance(other, SpotPlaces):  # counts as well: like with like
-            fair = {"pearson": _corrected(matrices["pearson"], moments[other.name])}
+            fair = {"pearson": _corrected(found["pearson"], moments[other.name])}
             rows += _rows(f"{other.name}, {_CORRECTED}", other.count, fair, truths[-1:])
     table.uns["agreement"] = pd.DataFrame(rows)
 
 
-def _rows(label: str, places: int, matrices: dict, truths: list) -> list[dict]:
+def _rows(label: str, places: int, computed: dict, truths: list) -> list[dict]:
     """Distances of one map's matrices from each kind of truth."""
     return [
         {"map": label, "places": places, "correlation": kind, "truth": noise}
-        | correlation.matrix_distance(matrices[kind], truth)
+        | matrices.matrix_distance(computed[kind], truth)
         for kind, noise, truth in truths
     ]
 
@@ -247,14 +245,14 @@ def _rows(label: str, places: int, matrices: dict, truths: list) -> list[dict]:
 def _matrices(places: Places, genes: Sequence[str]) -> dict[str, np.ndarray]:
     arguments = _reader(places, genes), len(genes), places.count
     return {
-        "pearson": correlation.pearson_matrix(*arguments),
-        "spearman": correlation.spearman_matrix(*arguments),
+        "pearson": matrices.pearson_matrix(*arguments),
+        "spearman": matrices.spearman_matrix(*arguments),
     }
 
 
 def _corrected(pearson: np.ndarray, moments: pd.DataFrame) -> np.ndarray:
     mean, variance = (moments[column].to_numpy() for column in ("mean", "variance"))
-    return correlation.without_counting_noise(pearson, mean, variance)
+    return matrices.without_counting_noise(pearson, mean, variance)
 
 
 def _add_layer(table, name: str, genes: Sequence[str], matrix: np.ndarray) -> None:
@@ -264,9 +262,9 @@ def _add_layer(table, name: str, genes: Sequence[str], matrix: np.ndarray) -> No
     table.layers[name] = whole
 
 
-def _reader(places: Places, genes: Sequence[str]) -> correlation.Read:
+def _reader(places: Places, genes: Sequence[str]) -> matrices.Read:
     return lambda part: places.read(genes[part])
 
 
-def _labelled(progress: Progress, label: str) -> correlation.Progress:
+def _labelled(progress: Progress, label: str) -> matrices.Progress:
     return lambda done, total: progress(done, total, label)

@@ -13,7 +13,7 @@ from stsr.errors import UsageError
 from stsr.genes import genes_of
 from stsr.geometry.grid import LR_UM
 from stsr.progress import Progress, Report, silent
-from stsr.store import catalogue, names
+from stsr.store import catalogue, elements, names
 from stsr.store.gec_places import BinPlaces, CellPlaces, bins_of, cells_of, newest_cells, spots_of
 from stsr.store.publishing import publish
 from stsr.store.section import Section, open_section
@@ -152,7 +152,7 @@ def gec(
     for note in notes:
         (report or silent)(note)
     provenance = _provenance(section, places, table, region, truth)
-    publish(section.path, {element: _parsed(table)}, {element: provenance}, overwrite)
+    publish(section.path, {element: elements.free_table(table)}, {element: provenance}, overwrite)
     above = table.layers["q"][np.triu_indices(table.n_obs, 1)]
     return Gec(
         store=section.path,
@@ -271,9 +271,3 @@ def _provenance(section: Section, places, table, region, truth: str | None) -> d
         "units": "correlation, -1 to 1",
         "test": "modified t-test (Clifford, Richardson and Hemon 1989), Benjamini-Hochberg over all pairs",
     }
-
-
-def _parsed(table):
-    from spatialdata.models import TableModel
-
-    return TableModel.parse(table)

@@ -155,8 +155,6 @@ def _measure(source: Source, counted: Counted | None, bin_um: float) -> _Measure
 
 def _assemble(source: Source, measured: _Measured, refine: bool):
     """Check what was read, and make the store's elements and their provenance of it."""
-    from spatialdata import SpatialData
-
     doubts: list[str] = []
     parts, provenance = {}, {}
     if source.picture is not None:
@@ -173,7 +171,7 @@ def _assemble(source: Source, measured: _Measured, refine: bool):
         _add_spots(measured.spots, parts, provenance)
     if measured.counted is not None:
         _add_counts(measured.counted, source.genes, parts, provenance)
-    parts[names.TISSUE] = elements.tissue_labels(measured.mask, measured.grid)
+    parts[names.TISSUE] = elements.labels(measured.mask, measured.grid)
     provenance[names.TISSUE] = {
         "units": "1 in tissue",
         "from": measured.mask_from,
@@ -181,7 +179,7 @@ def _assemble(source: Source, measured: _Measured, refine: bool):
         "warnings": [*source.warnings, *doubts],
     }
     _add_cells(source, parts, provenance)
-    return SpatialData.init_from_elements(parts), provenance, doubts
+    return elements.store_of(parts), provenance, doubts
 
 
 def _check_picture(source: Source, measured: _Measured) -> tuple[dict, list[str]]:

@@ -113,7 +113,7 @@ def add_up(
     Parameters
     ----------
     layer
-        A `stsr.store.parts.HighRes`.
+        A `stsr.store.parts.Map`.
     genes
         Names (g,), all in the layer.
     parts

@@ -13,8 +13,7 @@ import shapely
 from stsr.errors import StsrError, UsageError
 from stsr.files import reading
 from stsr.geometry.outlines import areas, moved, polygonal, rings, traced
-from stsr.store import catalogue, names
-from stsr.store import discovery as foreign
+from stsr.store import catalogue, discovery, names
 
 UM, PX = "um", "px"
 COORDINATES = (UM, PX)
@@ -79,7 +78,7 @@ def stored(section, element: str | None = None) -> Segmentation:
     """
     sdata = section.sdata
     if element is None:
-        found = foreign.find_cells(sdata)
+        found = discovery.find_cells(sdata)
         if found is None:
             raise StsrError(
                 f"{section.path.name} has no cells; import some with --segmentation FILE, "
@@ -137,15 +136,15 @@ def measured_counts(section, segmentation: Segmentation):
         for name, table in sdata.tables.items()
         if name not in made and element in np.atleast_1d(table.uns.get("spatialdata_attrs", {}).get("region"))
     ]
-    own = foreign.find_cells(sdata)  # its table may annotate a sister element: Xenium's circles
+    own = discovery.find_cells(sdata)  # its table may annotate a sister element: Xenium's circles
     if not tables and own and own[0] == element and own[1] not in (None, *made):
         tables = [own[1]]
     if not tables or element not in sdata.shapes:
         return None
     table = names.table_name(element) if names.table_name(element) in tables else tables[0]
     try:
-        geometry, rows = foreign.annotated(sdata, element, table)
-        counts, genes = foreign.raw_counts(sdata.tables[table], rows, section.path.name)
+        geometry, rows = discovery.annotated(sdata, element, table)
+        counts, genes = discovery.raw_counts(sdata.tables[table], rows, section.path.name)
     except StsrError:
         return None
     place = {name: number for number, name in enumerate(segmentation.ids)}
@@ -154,7 +153,7 @@ def measured_counts(section, segmentation: Segmentation):
 
 
 def _to_um(section, element) -> np.ndarray:
-    return foreign.affine(element, section.frame.name, section.frame.um_per_unit)
+    return discovery.affine(element, section.frame.name, section.frame.um_per_unit)
 
 
 # ------------------------------------------------------------------------------------------------------ in files

@@ -18,10 +18,9 @@ from stsr.files import replacing
 from stsr.genes import genes_of
 from stsr.geometry.grid import LR_UM, Grid
 from stsr.progress import Progress, Report, silent
-from stsr.store import catalogue, names, publishing
-from stsr.store import discovery as foreign
-from stsr.store.elements import INSTANCE, REGION
-from stsr.store.parts import HighRes
+from stsr.store import catalogue, elements, names, publishing
+from stsr.store.elements import Frame
+from stsr.store.parts import Map
 from stsr.store.section import Section, open_section
 from stsr.verbs.singlecell import areas, segmentation
 from stsr.verbs.singlecell.nuclei import DOUBTFUL_UM_PER_PX, find_nuclei
@@ -279,7 +278,7 @@ def _on_the_map(found: Segmentation, parts: sp.csr_matrix, measured, source: str
     return replace(found, ids=found.ids[kept], outlines=found.outlines[kept]), parts[kept], measured
 
 
-def _spread(section: Section, source: str, bins: HighRes, genes, parts, progress) -> np.ndarray | None:
+def _spread(section: Section, source: str, bins: Map, genes, parts, progress) -> np.ndarray | None:
     """Spread of the counts (n, g) float32: bins add up as if their errors were one, which none can exceed."""
     element = names.spread_name(source)
     if section.elements.get(element) != "images":
@@ -295,13 +294,10 @@ def _spread(section: Section, source: str, bins: HighRes, genes, parts, progress
 
 def _table(found: Segmentation, annotates: str, genes, counts, spread, grid: Grid):
     from anndata import AnnData
-    from spatialdata.models import TableModel
 
     area = shapely.area(found.outlines)
     inside = shapely.area(shapely.intersection(found.outlines, shapely.box(*grid.bounds_um)))
     facts = {
-        REGION: pd.Categorical([annotates] * len(found.ids)),
-        INSTANCE: found.ids,  # of the element's own type: a join compares them
         "area_um2": area,
         "outside_map": (1 - inside / area).clip(0),
     }
@@ -311,22 +307,17 @@ def _table(found: Segmentation, annotates: str, genes, counts, spread, grid: Gri
     table.obsm["spatial"] = found.centres_um
     if spread is not None:
         table.layers[SPREAD] = _small(spread)
-    return TableModel.parse(table, region=annotates, region_key=REGION, instance_key=INSTANCE)
+    return elements.annotating(table, annotates, found.ids)
 
 
 def _small(counts: np.ndarray):
     return counts if np.count_nonzero(counts) >= _DENSE_FROM * counts.size else sp.csr_matrix(counts)
 
 
-def _shapes(found: Segmentation, frame: foreign.Frame):
+def _shapes(found: Segmentation, frame: Frame):
     import geopandas as gpd
-    from spatialdata.models import ShapesModel
-    from spatialdata.transformations import Identity, Scale
 
-    units = 1 / frame.um_per_unit
-    place = Identity() if units == 1 else Scale([units, units], ("x", "y"))
-    outlines = gpd.GeoDataFrame(geometry=found.outlines, index=found.ids)
-    return ShapesModel.parse(outlines, transformations={frame.name: place})
+    return elements.cell_shapes(gpd.GeoDataFrame(geometry=found.outlines, index=found.ids), frame)
 
 
 def _provenance(source: str, found: Segmentation, spread, facts: dict) -> dict:
