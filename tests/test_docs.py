@@ -265,7 +265,7 @@ def test_the_guide_adds_a_platform_that_works(tmp_path, monkeypatch):
     assert source.genes == ["LUM"]
     assert np.asarray(source.spots.counts.X).tolist() == [[0], [7]]
     assert source.spots.centres_um.tolist() == [[50, 60], [150, 60]]
-    assert source.picture.bounds_um == pytest.approx((0, 0, 200, 100))
+    assert source.image.bounds_um == pytest.approx((0, 0, 200, 100))
 
 
 def test_the_guide_adds_a_verb_that_works(monkeypatch):
@@ -291,5 +291,5 @@ def test_the_guide_adds_a_verb_that_works(monkeypatch):
     monkeypatch.setattr(stsr, "totals", verb.totals, raising=False)
     shown = typer.Typer()
     shown.command()(snippet("src/stsr/cli/totals.py", monkeypatch).totals)
-    result = CliRunner().invoke(shown, ["sample.zarr", "--from", "superres_x10"])
+    result = CliRunner().invoke(shown, ["sample.zarr", "--from", "superres_x10", "--json"])
     assert json.loads(result.stdout) == {"GATA3": 4.0, "LUM": 8.0}
