@@ -212,6 +212,15 @@ def test_changes_begin_with_this_version():
     assert re.search(r"^## \[([^\]]+)\]", text, flags=re.MULTILINE).group(1) == stsr.__version__
 
 
+def test_every_file_named_in_the_architecture_exists():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:src/stsr/|tests/)?[a-z_/]+(?:\.py|/))`", text))
+    assert len(named) > 30
+    for path in named:
+        place = ROOT / path if path.startswith(("src/", "tests/")) else ROOT / "src/stsr" / path
+        assert place.exists(), path
+
+
 # ------------------------------------------------------------------------------------------- CONTRIBUTING.md
 
 
