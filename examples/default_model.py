@@ -1,10 +1,10 @@
 """Train the packaged default model: python examples/default_model.py DATA [--output FILE] [--set key=value ...]
 
 DATA is a folder with the public 10x Genomics breast cancer block (Janesick et al. 2023): `xenium_same_he`,
-`xenium_serial_he` and `section_h5ad`. The lower right quarter of `xenium_same_he` (1 x 1 mm), wherever it
-appears in the three sections, is kept out of training and validation: `tests/benchmarks/heldout.py` scores it.
+`xenium_serial_he` and `section_h5ad`. The lower right quarter of `xenium_same_he` (1 x 1 mm) is held out of training
+and validation in all three sections: `tests/benchmarks/heldout.py` scores it.
 
-The command may be interrupted and run again; it goes on. It took about 40 minutes on 2 CPU cores.
+An interrupted run resumes when the command is run again. Training took about 40 minutes on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import stsr
 
 SECTIONS = ("xenium_same_he", "xenium_serial_he", "section_h5ad")
 
-# um, in each section's own coordinates. The three were cut from one block: the same tissue appears turned by
-# 90 degrees in the serial section, and shifted by (2440, 3300) um in the whole one.
+# um, in the coordinates of each section. All three come from one block: the same tissue appears rotated by 90 degrees
+# in the serial section, and shifted by (2440, 3300) um in the whole section.
 REGIONS = {
     "xenium_same_he": {"exclude": [[1000, 900, 2000, 1900]], "validation": [[0, 0, 600, 600]]},
     "xenium_serial_he": {"exclude": [[100, 1010, 1180, 2110], [1383, 0, 1990, 640]], "validation": []},
@@ -34,7 +34,7 @@ SETTINGS = {
     "select": "last",
     "storage": "float16",
 }
-# The mean first, then the residual around it, while the mean goes on at a lower rate.
+# First the mean; then the residual around it, while the mean is trained further at a lower learning rate.
 STAGES = (
     ("mean", {"steps": 2000, "residual_from": 1.0}),
     ("default", {"steps": 400, "residual_from": 0.0, "learning_rate": 4e-4, "residual_tiles": 3}),
@@ -44,7 +44,7 @@ PROVENANCE = {
     "data_licence": "CC BY 4.0",
     "weights_licence": "BSD-3-Clause; derived from data under CC BY 4.0, keep the attribution",
     "held_out": "xenium_same_he, 1000 900 2000 1900 um",
-    "positions": "transcripts' places within cells are drawn; the source gives cells and their areas",
+    "positions": "transcript positions within cells are drawn at random; the source gives cells and their areas",
 }
 
 
@@ -81,7 +81,7 @@ def main() -> None:
             seed=asked.seed,
             init=start,
             provenance=PROVENANCE,
-            progress=lambda sentence, part: print(f"{100 * part:5.1f} %  {sentence}", flush=True),
+            progress=lambda done, total, label: print(f"{100 * done / total:5.1f} %  {label}", flush=True),
         )
         start = output
     print(asked.output)

@@ -1,8 +1,8 @@
-"""From a vendor's folder to maps, a figure and numbers, in Python.
+"""From a vendor folder to maps, a figure and numbers, in Python.
 
     python examples/quickstart.py visium_run/ GATA3 LUM
 
-Without arguments it makes a small simulated tissue first.
+Without arguments, it simulates a small tissue first.
 """
 
 import sys
@@ -27,7 +27,7 @@ def main() -> None:
     genes = sys.argv[2:] or ["GATA3", "LUM"]
 
     store = Path(f"{folder.resolve().name}.zarr")
-    if not store.exists():  # preparing anew would drop the maps that are in it
+    if not store.exists():  # preparing it again would drop its maps
         stsr.prepare(folder, store, warn=print)
     made = stsr.superres(store, scale=10, genes=genes, overwrite=True, report=print)
 

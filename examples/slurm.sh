@@ -1,9 +1,8 @@
 #!/bin/bash
 # Super-resolve many sections on a Slurm cluster, one array task each:
 #   sbatch --array=1-$(wc -l < sections.txt) examples/slurm.sh sections.txt
-# sections.txt names one Space Ranger or Xenium folder (or store) per line. Stores are made in the folder where sbatch is
-# run, so names must differ. A task that was stopped goes on where it was when it is requeued, and a finished one is not
-# computed again.
+# sections.txt lists one Space Ranger or Xenium folder (or store) per line. Stores are written to the folder where sbatch is
+# run, so their names must differ. A requeued task resumes where it stopped, and a finished one is not computed again.
 #SBATCH --job-name=stsr
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=16G
@@ -15,10 +14,10 @@
 # With a GPU, add:  #SBATCH --gres=gpu:1
 set -euo pipefail
 
-# srun no longer takes this from sbatch by itself; stsr takes its number of threads from SLURM_CPUS_PER_TASK.
+# srun does not inherit this from sbatch; stsr reads its number of threads from SLURM_CPUS_PER_TASK.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
-# A step that gets USR1 saves what it has and ends with 143: go back to the queue.
+# A step that receives USR1 saves its state and exits with 143: requeue the job.
 step() {
     local status=0
     srun "$@" || status=$?
@@ -28,7 +27,7 @@ step() {
 
 input="$(sed -n "${SLURM_ARRAY_TASK_ID:-1}p" "${1:?a file with one folder per line}")"
 input="${input%/}"
-run="${input%/outs}" # every run of Space Ranger has its results in outs
+run="${input%/outs}" # Space Ranger writes its results to outs
 store="$(basename "${run%.zarr}").zarr"
 
 [ -e "$store" ] || step stsr prepare "$input" --output "$store"

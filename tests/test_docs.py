@@ -4,9 +4,12 @@ import ast
 import inspect
 import json
 import re
+import sys
 import tomllib
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from typer.main import get_command
@@ -16,6 +19,7 @@ from stsr.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDE = ROOT / "CONTRIBUTING.md"
 EXAMPLES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".sh"))
 COMMANDS = get_command(app).commands
 COMMON = "Options of every command"
@@ -103,7 +107,7 @@ def slug(heading):
     return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", [*PAGES, GUIDE], ids=name)
 def test_relative_links_resolve(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if re.match(r"[a-z]+:", link):
@@ -118,8 +122,22 @@ def test_relative_links_resolve(page):
 
 def test_readme_leads_to_every_page():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for page in PAGES[1:]:
+    for page in [*PAGES[1:], GUIDE]:
         assert f"]({name(page)})" in readme
+
+
+def test_the_site_has_every_page():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert re.search(rf": {re.escape(page.name)}$", navigation, flags=re.MULTILINE), page.name
+
+
+def test_the_site_documents_every_public_function():
+    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    for public in set(stsr.__all__) - {"__version__"}:
+        assert f"::: {getattr(stsr, public).__module__}.{public}\n" in text
+    for module, attribute in re.findall(r"^::: (\S+)\.(\w+)$", text, flags=re.MULTILINE):
+        assert getattr(import_module(module), attribute).__doc__
 
 
 def shell(path):
@@ -138,7 +156,7 @@ def shell(path):
 def test_command_lines_name_commands_and_options_that_exist(path):
     for line in re.findall(r"(?<![\w.-])stsr ([^|&;)\n]+)", shell(path)):
         words = line.split()
-        if words[0] == "--version" or words[0] == "COMMAND":
+        if words[0] in ("--version", "--help", "COMMAND"):
             continue
         assert words[0] in COMMANDS, f"stsr {line}"
         known = {*options(COMMANDS[words[0]]), "--help", "-h"}
@@ -192,3 +210,95 @@ def test_settings_in_the_training_page_are_right():
 def test_changes_begin_with_this_version():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(r"^## \[([^\]]+)\]", text, flags=re.MULTILINE).group(1) == stsr.__version__
+
+
+def test_every_file_named_in_the_architecture_exists():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:src/stsr/|tests/)?[a-z_/]+(?:\.py|/))`", text))
+    assert len(named) > 30
+    for path in named:
+        place = ROOT / path if path.startswith(("src/", "tests/")) else ROOT / "src/stsr" / path
+        assert place.exists(), path
+
+
+# ------------------------------------------------------------------------------------------- CONTRIBUTING.md
+
+
+def snippet(path, monkeypatch):
+    """The module that CONTRIBUTING.md shows for a path."""
+    text = GUIDE.read_text(encoding="utf-8")
+    source = next(block for block in code(text, "python") if block.startswith(f"# {path}"))
+    module = ModuleType(path.removeprefix("src/").removesuffix(".py").replace("/", "."))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, path, "exec"), module.__dict__)
+    return module
+
+
+def test_the_guide_adds_a_method_that_works(monkeypatch):
+    import torch
+
+    from stsr.methods.batch import Batch
+
+    shown = snippet("src/stsr/methods/nearest.py", monkeypatch)
+    lr = torch.tensor([[[[100.0, 200.0], [0.0, 400.0]]]])
+    batch = Batch(
+        image=torch.zeros(1, 3, 20, 20, dtype=torch.uint8),
+        lr=lr,
+        lr_mask=torch.ones(1, 1, 2, 2),
+        has_lr=torch.tensor([True]),
+        lr_mean=lr.mean((2, 3)),
+        genes=torch.ones(1, 1),
+        names=("GATA3",),
+    )
+    bins = shown.Nearest(panel=("GATA3",)).predict(batch, None)
+    assert bins.shape == (1, 1, 20, 20)
+    assert bins[0, 0, :10, 10:].unique().tolist() == [2.0]
+    assert torch.equal(torch.nn.functional.avg_pool2d(bins, 10) * 100, lr)
+
+
+def test_the_guide_adds_a_platform_that_works(tmp_path, monkeypatch):
+    import numpy as np
+    import tifffile
+
+    from stsr.errors import StsrError
+    from stsr.platforms.source import Options
+
+    shown = snippet("src/stsr/platforms/spots_csv.py", monkeypatch)
+    assert not shown.recognises(tmp_path)
+    (tmp_path / "spots.csv").write_text("spot,x_um,y_um,GATA3,LUM\na,50,60,3,0\nb,150,60,1,7\n")
+    tifffile.imwrite(tmp_path / "he.tif", np.full((200, 400, 3), 200, np.uint8))
+    assert shown.recognises(tmp_path)
+    with pytest.raises(StsrError, match="--um-per-px"):
+        shown.read(tmp_path, Options())
+    source = shown.read(tmp_path, Options(um_per_px=0.5, genes=("LUM",)))
+    assert source.genes == ["LUM"]
+    assert np.asarray(source.spots.counts.X).tolist() == [[0], [7]]
+    assert source.spots.centres_um.tolist() == [[50, 60], [150, 60]]
+    assert source.image.bounds_um == pytest.approx((0, 0, 200, 100))
+
+
+def test_the_guide_adds_a_verb_that_works(monkeypatch):
+    import typer
+    from typer.testing import CliRunner
+
+    verb = snippet("src/stsr/verbs/totals/verb.py", monkeypatch)
+
+    class Shown:
+        genes = ("GATA3", "LUM")
+
+        def read(self, genes):
+            import numpy as np
+
+            return np.full((1, 2, 2), 1.0 + self.genes.index(genes[0]))
+
+    class Store:
+        def map(self, element):
+            assert element == "superres_x10"
+            return Shown()
+
+    monkeypatch.setattr(verb, "open_section", lambda store: Store())
+    monkeypatch.setattr(stsr, "totals", verb.totals, raising=False)
+    shown = typer.Typer()
+    shown.command()(snippet("src/stsr/cli/totals.py", monkeypatch).totals)
+    result = CliRunner().invoke(shown, ["sample.zarr", "--from", "superres_x10", "--json"])
+    assert json.loads(result.stdout) == {"GATA3": 4.0, "LUM": 8.0}
