@@ -86,7 +86,7 @@ def nothing_beside(path) -> bool:
 def test_names_round_trip():
     assert names.hr_name(10) == "hr_10um" and names.bin_um_of("hr_10um") == 10
     assert names.superres_name(10) == "superres_x10" and names.bin_um_of("superres_x10_sd") == 10
-    assert names.scale_of(names.superres_name(5)) == 5 and names.bin_um_of("he") is None
+    assert names.bin_um_of(names.superres_name(5)) == 20 and names.bin_um_of("he") is None
     with pytest.raises(UsageError, match="--name"):
         names.check_name("HR_10um")
 

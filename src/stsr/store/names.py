@@ -73,12 +73,6 @@ def bin_um_of(element: str) -> float | None:
     return None
 
 
-def scale_of(element: str) -> float | None:
-    """Scale (100 um / bin size) that a map's name tells, or None."""
-    bin_um = bin_um_of(element)
-    return None if bin_um is None else LR_UM / bin_um
-
-
 def is_measured_name(element: str) -> bool:
     """Whether the name is reserved: ``he``, ``spots``, ``tissue``, ``support``, ``cells``, their tables, ``hr_*``."""
     base = element.lower().removesuffix("_table")
