@@ -15,7 +15,7 @@ from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid
 from stsr.simulate import simulate_tissue, write_xenium
 from stsr.store import publishing
-from stsr.store.elements import affine
+from stsr.store.elements import placed
 from stsr.store.section import open_section
 from stsr.store.writer import MapWriter
 from stsr.verbs.prepare.verb import prepare
@@ -160,7 +160,7 @@ def test_labels_of_the_store_are_annotated_themselves(store):
     labels = np.zeros((32, 33), np.int32)
     labels[2:4, 2:5], labels[10:12, 10:12] = 5, 2
     grid = Grid(*open_section(store).hr.grid.bounds_um[:2], 10, 32, 33)
-    element = Labels2DModel.parse(labels, dims=("y", "x"), transformations=affine(grid.bin_to_um))
+    element = Labels2DModel.parse(labels, dims=("y", "x"), transformations=placed(grid.bin_to_um))
     publishing.publish(store, {"painted": element}, {})
     made = singlecell(store, cells="painted")
     found, values = table(store), open_section(store).map("superres_x10").read()
@@ -274,7 +274,7 @@ def contents(folder):
         (["--cells", "cells", "--segment"], 2, "exclude each other"),
         (["--segmentation", "nowhere.geojson"], 1, "check --segmentation"),
         (["--segmentation", "broken.geojson"], 1, "broken.geojson is damaged"),
-        (["--segmentation", "empty.geojson"], 1, "no outline of a cell"),
+        (["--segmentation", "empty.geojson"], 1, "contains no cell outlines"),
         (["--segmentation", "columns.csv"], 1, "'vertex_x'"),
         (["--segmentation", "cut.parquet"], 1, "cut.parquet is damaged"),
         (["--segmentation", "cells.doc"], 2, "give .geojson"),
@@ -284,7 +284,7 @@ def contents(folder):
         (["--segment", "--scores", "s.csv"], 2, "no measured counts"),
         (["--score-region", "0,0,1"], 2, "--score-region is"),
         (["--score-region", "9000,9000,9001,9001"], 2, "--score-region"),
-        (["--scores", "nowhere/s.csv"], 2, "--scores another place"),
+        (["--scores", "nowhere/s.csv"], 2, "another path for --scores"),
         (["--name", "cells"], 2, "kept for measured data"),
         (["--name", "superres_x10"], 2, "--overwrite"),
     ],
