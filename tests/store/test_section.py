@@ -284,7 +284,7 @@ def test_a_section_is_a_snapshot(tmp_path):
         writer.write("superres_x10", slice(0, 1), slice(0, 20), slice(0, 10), np.ones((1, 20, 10)))
     assert (section.elements, section.provenance) == before and "superres_x10" not in section.elements
     again = open_section(section.path)
-    assert again.catalogue.newest_superres == "superres_x10" and "superres_x10" in again.provenance
+    assert again.catalogue.newest_superres() == "superres_x10" and "superres_x10" in again.provenance
 
 
 def test_missing_parts_are_none_and_missing_maps_errors(tmp_path):

@@ -134,7 +134,6 @@ class Catalogue:
             (name for name, kind in self.elements.items() if is_map(name, kind)), key=age, reverse=True
         )
 
-    @property
     def newest_superres(self) -> str:
         """The super-resolved map that was written last.
 
@@ -238,7 +237,7 @@ def check_free(path: str | Path, outputs: list[str], overwrite: bool) -> None:
             or names.is_measured_name(old)
         ):
             raise StsrError(
-                f"{old!r} in {store} was not written as a result of stsr and cannot be replaced; choose another --name"
+                f"{old!r} in {store} is not a result of stsr and stays as it is; choose another --name"
             )
         if not overwrite:
             raise UsageError(f"{store} already has {name!r}; add --overwrite to replace it")

@@ -16,7 +16,7 @@ from stsr.geometry.grid import Grid
 from stsr.simulate import simulate_tissue, write_xenium
 from stsr.store import publishing
 from stsr.store.elements import placed
-from stsr.store.section import open_section
+from stsr.store.section import Section, open_section
 from stsr.store.writer import MapWriter
 from stsr.verbs.prepare.verb import prepare
 from stsr.verbs.singlecell.figure import cells_figure
@@ -132,6 +132,26 @@ def test_cells_off_the_map_are_left_out_and_not_called_empty(store):
     cut = found.obs["outside_map"] > 0
     assert cut.any() and not cut.all() and found.obs["outside_map"].max() < 1
     assert (found.X.sum(1) > 0).all()
+
+
+def test_cells_outside_the_support_of_a_prediction_are_told(store, monkeypatch):
+    section = open_section(store)
+    grid, origin = section.hr.grid, {"predicted": "predicted", "told": "measured"}
+    for name in origin:
+        with MapWriter(store, [name], GENES, grid, {name: {"origin": origin[name]}}) as writer:
+            writer.write(name, *(slice(0, size) for size in writer.shape), np.ones(writer.shape))
+    monkeypatch.setattr(Section, "support", lambda _, grid: np.indices(grid.shape)[1] < 10)
+    predicted = singlecell(store, source="predicted", name="a")
+    x0, _, x1, _ = section.sdata.shapes["cells"].bounds.to_numpy().T
+    edge = grid.x0_um + 100
+    right, cut, left = x0 >= edge, (x0 < edge) & (edge < x1), (x0 > grid.x0_um) & (x1 <= edge)
+    outside = table(store, "a").obs["outside_map"].to_numpy()
+    assert right.any() and (outside[right] == 1).all() and left.any() and (outside[left] < 1e-9).all()
+    assert cut.any() and outside[cut].min() > 0 and outside[cut].max() < 1
+    note = next(note for note in predicted.notes if "outside the support" in note)
+    assert note.startswith(f"{right.sum()} cells")
+    measured = singlecell(store, source="told", name="b")
+    assert measured.notes == [] and table(store, "b").obs["outside_map"].max() < 1
 
 
 # --------------------------------------------------------------------------------------------------- kinds of cells

@@ -188,7 +188,7 @@ def _check_wishes(per, bin_um, top, truth, beside, denoise_truth) -> None:
 def _places(section: Section, source, per: str, bin_um, region) -> BinPlaces | CellPlaces:
     if per == "cell":
         return cells_of(section, source or newest_cells(section), region)
-    return bins_of(section, source or section.catalogue.newest_superres, bin_um, region)
+    return bins_of(section, source or section.catalogue.newest_superres(), bin_um, region)
 
 
 def _bin_um(places) -> float | None:

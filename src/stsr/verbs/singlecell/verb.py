@@ -113,6 +113,7 @@ class _Job:
     new_shapes: str | None
     cells: Cells
     shares: sp.csr_matrix  # (cells, bins)
+    supported: np.ndarray  # (cells,) fraction of each cell's area on the map where the map is supported
     measured: Measured | None
     notes: list[str] = field(default_factory=list)
 
@@ -233,10 +234,11 @@ def _job(section: Section, request: _Request, progress: Progress) -> _Job:
         new_shapes=new_shapes,
         cells=cells,
         shares=areas.shares(cells.polygons, bins.grid),
+        supported=np.ones(len(cells)),
         measured=measured,
         notes=notes,
     )
-    return _on_the_map(job)
+    return _with_support(_on_the_map(job))
 
 
 def _run(job: _Job, request: _Request, progress: Progress, began: float) -> SingleCell:
@@ -287,7 +289,7 @@ def _source(section: Section, asked: str | None) -> str:
     """The map to read."""
     if asked is None:
         try:
-            return section.catalogue.newest_superres
+            return section.catalogue.newest_superres()
         except StsrError as error:
             measured = section.catalogue.hr_elements
             raise StsrError(f"{error}, or add --from {measured[0]}" if measured else str(error)) from None
@@ -367,9 +369,26 @@ def _on_the_map(job: _Job) -> _Job:
         job,
         cells=job.cells.take(kept),
         shares=job.shares[kept],
+        supported=job.supported[kept],
         measured=None if job.measured is None else job.measured.among(kept),
         notes=[*job.notes, f"{(~kept).sum():,} cells lie outside of {job.source} and are left out"],
     )
+
+
+def _with_support(job: _Job) -> _Job:
+    """Find out how much of each cell lies where a predicted map is supported; measured maps are, everywhere."""
+    if not catalogue.is_result(job.section.provenance.get(job.source, {})):
+        return job
+    bins = job.section.support(job.bins.grid).ravel().astype(np.float64)
+    supported = (job.shares @ bins) / (job.shares @ np.ones(len(bins)))
+    notes, outside = job.notes, int((supported == 0).sum())
+    if outside:
+        notes = [
+            *notes,
+            f"{outside:,} cells lie entirely outside the support of {job.source} (H&E, tissue and spots nearby): their "
+            f"counts are not meaningful",
+        ]
+    return replace(job, supported=supported, notes=notes)
 
 
 # ---------------------------------------------------------------------------------------------------- the table
@@ -394,7 +413,7 @@ def _table(job: _Job, counts: np.ndarray, spread: np.ndarray | None) -> AnnData:
 
     area = shapely.area(job.cells.polygons)
     inside = shapely.area(shapely.intersection(job.cells.polygons, shapely.box(*job.bins.grid.bounds_um)))
-    facts = {"area_um2": area, "outside_map": (1 - inside / area).clip(0)}
+    facts = {"area_um2": area, "outside_map": (1 - inside / area * job.supported).clip(0)}
     obs = pd.DataFrame(facts, index=job.cells.ids.astype(str))
     table = AnnData(_compact(counts), obs, pd.DataFrame(index=job.genes))
     table.obsm["spatial"] = job.cells.centres_um
