@@ -229,7 +229,7 @@ def test_stores_of_spatialdata_io_are_prepared(folder, section, tissue, tmp_path
     made = open_section(prepare(tmp_path / "x.zarr", tmp_path / "made.zarr"))
     assert np.array_equal(made.hr.read(section.hr.genes), section.hr.read())
     assert np.allclose(made.image.px_to_um, section.image.px_to_um)
-    assert len(made.cells.geometry) == len(tissue.cells)
+    assert len(made.cells.outlines) == len(tissue.cells)
 
     run = write_visium(tissue, tmp_path / "run", image_um_per_px=1.0)
     read = spatialdata_io.visium(run, dataset_id="a", fullres_image_file="he_fullres.tif")
