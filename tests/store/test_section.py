@@ -230,6 +230,17 @@ def test_own_section(tmp_path):
     assert list(section.cells.counts.obs["id"]) == ["c2", "c1"]
 
 
+def test_cells_are_areas_and_can_be_chosen(tmp_path):
+    cells = ours(tmp_path).cells  # circles
+    areas = [each.area for each in cells.polygons]
+    assert areas == pytest.approx(np.pi * np.array([25, 16])) and list(cells.outlines.index) == ["c2", "c1"]
+    for chosen in (cells.take(np.array([1])), cells.take(np.array([False, True]))):
+        assert (len(chosen), chosen.ids.tolist(), chosen.element) == (1, ["c1"], "cells")
+        assert np.array_equal(chosen.counts.X, cells.counts.X[1:]) and chosen.centres_um.tolist() == [
+            [110, 210]
+        ]
+
+
 def test_spots_are_the_maps_added_up(tmp_path):
     section = ours(tmp_path)
     assert (section.spots.shape, section.spots.size_um) == ("square", 100.0)

@@ -41,7 +41,7 @@ class Catalogue:
         return load_json(self.path / "zarr.json")
 
     @cached_property
-    def _own_attributes(self) -> dict[str, dict[str, Any]]:
+    def _attributes_read(self) -> dict[str, dict[str, Any]]:
         return {}
 
     @cached_property
@@ -91,19 +91,19 @@ class Catalogue:
         StsrError
             If the store has no such element.
         """
-        if element not in self._own_attributes:
+        if element not in self._attributes_read:
             kind = self.elements.get(element)
             if kind is None:
                 there = ", ".join(self.elements) or "nothing"
                 raise StsrError(f"{self.path.name} has no element {element!r}; it has: {there}")
             group = self.path / kind / element
             is_v2 = (group / ".zgroup").is_file()
-            self._own_attributes[element] = (
+            self._attributes_read[element] = (
                 load_json(group / ".zattrs")
                 if is_v2
                 else load_json(group / "zarr.json").get("attributes", {})
             )
-        return self._own_attributes[element]
+        return self._attributes_read[element]
 
     def levels_of(self, element: str) -> tuple[list[str], list[str]]:
         """Array folders of an image or labels element from fine to coarse, and its channel names (empty if unnamed).

@@ -17,12 +17,11 @@ from stsr.store.catalogue import Catalogue
 from stsr.store.discovery import Frame
 from stsr.store.parts import Cells, Map, Mask, Spots
 
-SUPPORT_UM = 10.0
-"""Bin size at which support is decided; coarser bins follow from it."""
-
-
 if TYPE_CHECKING:
     from spatialdata import SpatialData
+
+SUPPORT_UM = 10.0
+"""Bin size at which support is decided; coarser bins follow from it."""
 
 
 def open_section(
