@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import shapely
 from PIL import Image as Pillow
 
 from stsr import figures
@@ -108,6 +109,27 @@ def test_fine_maps_are_added_up_not_thinned_out(spots):
 @pytest.mark.parametrize(("about", "length"), [(280, 200), (560, 500), (100, 100), (99, 50), (1.3, 1)])
 def test_scale_bars_have_round_lengths(about, length):
     assert figures.round_length(about) == length
+
+
+def test_polygons_are_drawn_ring_by_ring():
+    pieces = shapely.union_all([shapely.box(0, 0, 1, 1), shapely.box(5, 0, 6, 2)])
+    ring = shapely.box(0, 0, 9, 9).difference(shapely.box(1, 1, 2, 2))
+    rings, owner = figures.rings_of(np.array([ring, pieces]))
+    assert owner.tolist() == [0, 1, 1]
+    assert [shapely.Polygon(each).area for each in rings] == [81, *(part.area for part in pieces.geoms)]
+    assert figures.rings_of(np.zeros(0, object))[0] == []
+
+
+def test_a_colour_bar_tells_its_unit():
+    from matplotlib.cm import ScalarMappable
+
+    grid = Grid(100, 50, 10, 20, 30)
+    with figures.style():
+        figure, axes = figures.canvas(1, 2, grid)
+        figures.frame(axes[0][1], grid)
+        figures.colour_bar(axes[0][1], ScalarMappable())
+    assert axes[0][1].get_xlim() == (100, 400) and axes[0][1].get_ylim() == (250, 50)
+    assert figure.axes[-1].get_ylabel() == "counts / 100 µm²"
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path):

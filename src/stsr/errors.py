@@ -1,4 +1,4 @@
-"""Errors a user can mend: one sentence that names the remedy."""
+"""Errors that a user can fix: one sentence that names the remedy."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from collections.abc import Iterable
 
 
 class StsrError(Exception):
-    """Something in the data or on the machine is not as needed; the message names the remedy. Exit code 1."""
+    """The data or the machine do not allow what was asked; the message names the remedy. Exit code 1."""
 
     exit_code = 1
 
 
 class UsageError(StsrError):
-    """The command asked for something impossible; the message names what is possible. Exit code 2."""
+    """The command asks for something impossible; the message names what is possible. Exit code 2."""
 
     exit_code = 2
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", most: int = 1) -> str:
-    """A question with the nearest known names, compared without case.
+    """Suggest the most similar known names, ignoring case.
 
     Parameters
     ----------
     name
-        What was typed.
+        The unknown name.
     known
-        What would have been right.
+        Valid names.
     otherwise
-        The remedy where nothing is near.
+        The remedy if no name is similar.
     most
-        Number of names to offer.
+        Largest number of suggestions.
 
     Returns
     -------

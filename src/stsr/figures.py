@@ -1,36 +1,48 @@
-"""Figures to look at: H&E, what was measured and what was inferred, side by side and on one scale.
+"""Figures of maps: H&E, measured spots and super-resolved maps side by side, and what all figures share.
 
-Every map and every spot is drawn as a density, counts per 100 um^2 (one bin of 10 um), so that a colour means the same
-in all panels of a gene. Scales start at zero and reach at least a few counts per spot: a gene that is absent stays
-dark instead of having its noise stretched over all colours.
+Maps and spots are drawn as densities, counts per 100 µm² (one bin of 10 µm), so that a colour means the same in all
+panels of a gene. Colour scales start at zero and span at least a few counts per spot, so that noise of a gene that is
+not expressed stays dark.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from stsr.errors import UsageError
 from stsr.geometry.grid import Grid, add_up
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    from stsr.store.parts import Map
+    from stsr.store.section import Section
+
 FORMATS = (".png", ".pdf", ".svg", ".tif", ".jpg")
 
-_UNIT_UM2 = 100.0  # densities are counts in this area: a bin of 10 um
-UNIT = "counts per 100 µm²"
-_LEAST_DENSITY = 0.05  # top of a scale: at least 5 counts in a low-resolution pixel of 100 um ...
-_LEAST_SPOT_COUNTS = 4  # ... and this many in a spot
-_TOP_QUANTILE = 0.995
-_MAX_PX = 1200  # along a side of a panel; finer bins are added up before they are drawn
-_PANEL_INCHES = 2.7
+UNIT_UM2 = 100.0
+"""Densities are counts in this area: a bin of 10 µm."""
+UNIT = "counts / 100 µm²"
 COLOURS = "inferno"
-OUTSIDE = "0.88"  # neither a colour of the scale nor the white of the page
+OUTSIDE = "0.88"
+"""Grey of places without data: neither a colour of the scale nor the white of the page."""
 DPI = 200
+_MIN_DENSITY = 0.05  # smallest top of a scale: 5 counts in a low-resolution pixel of 100 um ...
+_MIN_SPOT_COUNTS = 4  # ... and this many counts in a spot
+_TOP_QUANTILE = 0.995
+_MAX_PX = 1200  # along a side of a panel; smaller bins are summed before they are drawn
+_PANEL_INCHES = 2.7
 
 
 def superres_figure(
-    section,
+    section: Section,
     element: str,
     genes: Sequence[str],
     path: str | Path,
@@ -38,22 +50,22 @@ def superres_figure(
     truth: bool = False,
     title: str | None = None,
 ) -> Path:
-    """Draw H&E, measured spots and the super-resolved map, one row for each gene.
+    """Draw H&E, measured spots and the super-resolved map, one row per gene.
 
     Parameters
     ----------
     section
-        A `stsr.store.section.Section`.
+        The section.
     element
         The map, such as ``superres_x10``: counts per bin.
     genes
         One row each, all in the map.
     path
-        The figure; its suffix gives the format.
+        Output file; its suffix sets the format.
     truth
         Add a column with the measured counts per bin (``hr_*um``), if the section has them.
     title
-        Above everything; the names of section, element and method by default.
+        Title of the figure; names of section, element and method by default.
 
     Returns
     -------
@@ -63,52 +75,125 @@ def superres_figure(
     Raises
     ------
     UsageError
-        If a gene is not in the map, no gene is given, or the format is unknown.
+        If a gene is not in the map, no gene is given, or the format is not supported.
     """
-    from matplotlib import rc_context
-
     path = check_path(path)
     if not genes:
         raise UsageError("a figure needs at least one gene; name some with --figure-genes")
     shown = section.map(element)
-    with rc_context({"font.size": 8, "svg.fonttype": "none", "pdf.fonttype": 42}):
+    with style():
         panels = _panels(section, shown, element, truth)
-        figure, axes = canvas(len(genes), panels, shown.grid)
+        figure, axes = canvas(len(genes), len(panels), shown.grid)
         for number, gene in enumerate(genes):
             _draw_row(axes[number], panels, gene, shown.grid)
             axes[number][0].set_ylabel(gene, fontstyle="italic", fontsize=11)
         for axis, panel in zip(axes[0], panels, strict=True):
             axis.set_title(panel.title, fontsize=9)
-        figure.suptitle(title or _title(section, element), fontsize=9, color="0.3")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI, bbox_inches="tight", facecolor="white")
+        save(figure, path, title or _title(section, element))
     return path
 
 
-def _title(section, element: str) -> str:
+def _title(section: Section, element: str) -> str:
     made = section.provenance.get(element, {})
     how = [made.get("method"), f"{made['samples']} samples" if made.get("samples", 1) > 1 else None]
     words = ", ".join(word for word in how if word)
     return f"{section.name}: {element}" + (f" ({words})" if words else "")
 
 
+# ------------------------------------------------------------------------------------- what all figures share
+
+
 def check_path(path: str | Path) -> Path:
-    """The path of a figure, if its suffix names a format.
+    """The path of a figure, if its suffix is a supported format.
 
     Raises
     ------
     UsageError
-        If it does not.
+        If it is not.
     """
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
-        raise UsageError(
-            f"a figure cannot be written as {path.name!r}; name it with one of {', '.join(FORMATS)}"
-        )
+        raise UsageError(f"figure format of {path.name!r} is not supported; use one of {', '.join(FORMATS)}")
     return path
 
 
+@contextmanager
+def style(font_size: float = 8) -> Iterator[None]:
+    """Draw with stsr's settings, without changing those of the process; text in files stays text."""
+    from matplotlib import rc_context
+
+    with rc_context({"font.size": font_size, "svg.fonttype": "none", "pdf.fonttype": 42}):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # without pyplot's global state: figures may be drawn in any thread
+    return figure
+
+
+def canvas(rows: int, columns: int, grid: Grid) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes (rows, columns), with panels of the grid's proportions."""
+    tall = _PANEL_INCHES * float(np.clip(grid.height / grid.width, 0.4, 2.5))
+    figure = new_figure(_PANEL_INCHES * columns + 0.9, tall * rows + 0.5)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save(figure: Figure, path: Path, title: str | None = None) -> None:
+    """Write a figure, with a title above everything."""
+    if title:
+        figure.suptitle(title, fontsize=9, color="0.3")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight", facecolor="white")
+
+
+def frame(axis: Axes, grid: Grid) -> None:
+    """Limit an axis to the grid, um, y down as in the image, without ticks or a border."""
+    x0, y0, x1, y1 = grid.bounds_um
+    axis.set(xlim=(x0, x1), ylim=(y1, y0), xticks=[], yticks=[], aspect="equal")
+    for side in axis.spines.values():
+        side.set_visible(False)
+
+
+def colour_bar(axis: Axes, mappable: Any, label: str = UNIT) -> None:
+    """Draw the colour bar of a row beside its last axis."""
+    figure = axis.get_figure()
+    assert figure is not None
+    bar = figure.colorbar(mappable, ax=axis, shrink=0.85, pad=0.03, extend="max")
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+
+
+def rings_of(polygons: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Exterior rings, vertices (v, 2), of all parts of polygons (n,), and which polygon each belongs to."""
+    import shapely
+
+    parts, owner = shapely.get_parts(polygons, return_index=True)
+    corners, part = shapely.get_coordinates(shapely.get_exterior_ring(parts), return_index=True)
+    rings = np.split(corners, np.flatnonzero(np.diff(part)) + 1) if len(parts) else []
+    return rings, owner
+
+
 # --------------------------------------------------------------------------------------------------- panels
+
+
+class Panel(Protocol):
+    """One column of a figure."""
+
+    title: str
+    least: float
+    """The top of the colour scale is at least this, counts per 100 um^2."""
+    sets_scale: bool
+
+    def values(self, gene: str) -> np.ndarray:
+        """Densities to draw."""
+
+    def draw(self, axis: Axes, values: np.ndarray, scale: Normalize) -> Any:
+        """Draw them; returns what a colour bar needs, or None."""
 
 
 class Histology:
@@ -118,45 +203,47 @@ class Histology:
     least = 0.0
     sets_scale = False
 
-    def __init__(self, section, grid: Grid):
+    def __init__(self, section: Section, grid: Grid):
+        assert section.image is not None
         step_um = max(section.image.um_per_px, max(grid.height, grid.width) * grid.bin_um / _MAX_PX)
         x0, y0, x1, y1 = grid.bounds_um
         fine = Grid(x0, y0, step_um, max(1, round((y1 - y0) / step_um)), max(1, round((x1 - x0) / step_um)))
         self._rgb, self.extent = np.moveaxis(section.image.read(fine), 0, -1), extent(fine)
 
     def values(self, gene: str) -> np.ndarray:
-        """None: no gene enters."""
+        """No values: the H&E is the same for every gene."""
         return np.zeros(0)
 
-    def draw(self, axis, values, scale) -> None:
-        """The picture."""
+    def draw(self, axis: Axes, values: Any = None, scale: Any = None) -> None:
+        """Draw the image."""
         axis.imshow(self._rgb, extent=self.extent, interpolation="antialiased")
 
 
 class _SpotPanel:
-    """Measured spots in their true size and place."""
+    """Measured spots at their true size and position."""
 
     sets_scale = True
 
-    def __init__(self, section, grid: Grid):
-        self._spots, self._grid = section.spots, grid
+    def __init__(self, section: Section):
+        assert section.spots is not None
+        self._spots = section.spots
         size = self._spots.size_um
         self._area_um2 = size**2 * (np.pi / 4 if self._spots.shape == "disc" else 1)
-        self.least = _LEAST_SPOT_COUNTS * _UNIT_UM2 / self._area_um2
+        self.least = _MIN_SPOT_COUNTS * UNIT_UM2 / self._area_um2
         self.title = f"measured spots ({size:.0f} µm)"
 
     def values(self, gene: str) -> np.ndarray:
         counts = np.asarray(self._spots.select([gene]).todense()).ravel()
-        return counts * _UNIT_UM2 / self._area_um2  # (spots,)
+        return counts * UNIT_UM2 / self._area_um2  # (spots,)
 
-    def draw(self, axis, values, scale):
-        from matplotlib.collections import EllipseCollection, PolyCollection
+    def draw(self, axis: Axes, values: np.ndarray, scale: Normalize) -> Any:
+        from matplotlib.collections import Collection, EllipseCollection, PolyCollection
 
         centres, size = self._spots.centres_um, self._spots.size_um
         axis.set_facecolor(OUTSIDE)
         if self._spots.shape == "disc":
             wide = np.full(len(centres), size)
-            drawn = EllipseCollection(
+            drawn: Collection = EllipseCollection(
                 wide,
                 wide,
                 np.zeros(len(centres)),
@@ -166,18 +253,18 @@ class _SpotPanel:
             )
         else:
             corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * size / 2
-            drawn = PolyCollection(centres[:, None] + corners)
+            drawn = PolyCollection(list(centres[:, None] + corners))
         drawn.set(array=values, cmap=COLOURS, norm=scale, linewidth=0, antialiased=False)
         axis.add_collection(drawn, autolim=False)
         return drawn
 
 
 class _MapPanel:
-    """Counts per bin."""
+    """Counts per bin, as densities."""
 
-    least = _LEAST_DENSITY
+    least = _MIN_DENSITY
 
-    def __init__(self, shown, title: str, sets_scale: bool = True):
+    def __init__(self, shown: Map, title: str, sets_scale: bool = True):
         self._map, self.sets_scale = shown, sets_scale
         self._factor = max(1, -(-max(shown.grid.shape) // _MAX_PX))
         self.title = title
@@ -187,78 +274,61 @@ class _MapPanel:
             return np.zeros(0)
         counts = np.asarray(self._map.read([gene])[0], np.float64)
         counts = np.pad(counts, [(0, -size % self._factor) for size in counts.shape])
-        return (
-            add_up(counts, self._factor) * _UNIT_UM2 / (self._factor * self._map.grid.bin_um) ** 2
-        )  # (y, x)
+        return add_up(counts, self._factor) * UNIT_UM2 / (self._factor * self._map.grid.bin_um) ** 2  # (y, x)
 
-    def draw(self, axis, values, scale):
+    def draw(self, axis: Axes, values: np.ndarray, scale: Normalize) -> Any:
         axis.set_facecolor(OUTSIDE)
         if not values.size:
             axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.4")
             return None
         grid = self._map.grid
         step_um = grid.bin_um * self._factor
-        drawn = Grid(grid.x0_um, grid.y0_um, step_um, *values.shape)
+        drawn = Grid(grid.x0_um, grid.y0_um, step_um, values.shape[0], values.shape[1])
         return axis.imshow(
             values, extent=extent(drawn), cmap=COLOURS, norm=scale, interpolation="nearest", rasterized=True
         )
 
 
-def _panels(section, shown, element: str, truth: bool) -> list:
-    panels: list = []
+def _panels(section: Section, shown: Map, element: str, truth: bool) -> list[Panel]:
+    panels: list[Panel] = []
     if section.image is not None:
         panels.append(Histology(section, shown.grid))
     if section.spots is not None:
-        panels.append(_SpotPanel(section, shown.grid))
+        panels.append(_SpotPanel(section))
     inferred = "super-resolved" if element.startswith("superres") else element
     panels.append(_MapPanel(shown, f"{inferred} ({shown.grid.bin_um:g} µm bins)"))
     if truth and section.hr is not None:
-        # Single counts in small bins are spikes; a scale made for them would leave expectations in the dark.
-        panels.append(_MapPanel(section.hr, f"truth ({section.hr.grid.bin_um:g} µm bins)", sets_scale=False))
+        # Single counts in small bins are outliers: a scale that spans them would leave expected counts dark.
+        panels.append(
+            _MapPanel(section.hr, f"measured ({section.hr.grid.bin_um:g} µm bins)", sets_scale=False)
+        )
     return panels
 
 
 # -------------------------------------------------------------------------------------------------- drawing
 
 
-def canvas(rows: int, panels: list, grid: Grid):
-    """A figure and its axes (rows, panels), panels as tall as the grid asks for."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    tall = _PANEL_INCHES * float(np.clip(grid.height / grid.width, 0.4, 2.5))
-    figure = Figure(figsize=(_PANEL_INCHES * len(panels) + 0.9, tall * rows + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)  # no global state: figures may be drawn in any thread
-    return figure, figure.subplots(rows, len(panels), squeeze=False)
-
-
-def _draw_row(axes, panels: list, gene: str, grid: Grid) -> None:
+def _draw_row(axes: np.ndarray, panels: Sequence[Panel], gene: str, grid: Grid) -> None:
     from matplotlib.colors import Normalize
 
     values = [panel.values(gene) for panel in panels]
     tops = [value for panel, value in zip(panels, values, strict=True) if panel.sets_scale]
     scale = Normalize(0, scale_top(tops, max(panel.least for panel in panels)))
     drawn = [panel.draw(axis, value, scale) for axis, panel, value in zip(axes, panels, values, strict=True)]
-    x0, y0, x1, y1 = grid.bounds_um
     for axis in axes:
-        axis.set(xlim=(x0, x1), ylim=(y1, y0), xticks=[], yticks=[], aspect="equal")
-        for side in axis.spines.values():
-            side.set_visible(False)
+        frame(axis, grid)
     scale_bar(axes[0], grid)
-    coloured = next(item for item in reversed(drawn) if item is not None)
-    bar = axes[0].figure.colorbar(coloured, ax=axes[-1], shrink=0.85, pad=0.03, extend="max")
-    bar.set_label(UNIT)
-    bar.outline.set_visible(False)
+    colour_bar(axes[-1], next(item for item in reversed(drawn) if item is not None))
 
 
 def scale_top(values: Sequence[np.ndarray], least: float) -> float:
-    """Upper end of a gene's one scale: the largest of the panels' 99.5 % quantiles, but at least ``least``."""
+    """Top of a gene's colour scale: the largest 99.5 % quantile of the panels, at least ``least``."""
     tops = [np.quantile(value, _TOP_QUANTILE) for value in values if value.size]
     return float(max([least, *tops]))
 
 
-def scale_bar(axis, grid: Grid) -> None:
-    """A bar of a round length, about a quarter of the width, with its length in um."""
+def scale_bar(axis: Axes, grid: Grid) -> None:
+    """Draw a scale bar of a round length, about a quarter of the width."""
     from matplotlib.patheffects import withStroke
 
     x0, _, x1, y1 = grid.bounds_um
@@ -287,7 +357,7 @@ def scale_bar(axis, grid: Grid) -> None:
 
 
 def round_length(about: float) -> float:
-    """The largest of 1, 2, 5 times a power of ten that is not above ``about``."""
+    """The largest of 1, 2 and 5 times a power of ten that does not exceed ``about``."""
     power = 10.0 ** np.floor(np.log10(about))
     return float(max(step * power for step in (1, 2, 5) if step * power <= about * (1 + 1e-9)))
 

@@ -1,4 +1,4 @@
-"""Reading files that may be damaged, and writing files that appear whole or not at all."""
+"""Read files that may be damaged, and write files atomically."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from stsr.errors import StsrError
 
@@ -18,13 +18,13 @@ _OUR_OWN = (StsrError, MemoryError)
 
 
 @contextmanager
-def reading(path: Path):
-    """Turn whatever a damaged file raises while it is read into one sentence.
+def reading(path: Path) -> Iterator[None]:
+    """Report any error while a file is read as one sentence.
 
     Raises
     ------
     StsrError
-        If the file is missing, cut short or not what its name says.
+        If the file is missing, damaged, truncated, or not of the expected format.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def reading(path: Path):
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        # pyarrow, h5py, tifffile, PIL and zarr all raise children of these for a truncated file.
+        # What pyarrow, h5py, tifffile, PIL and zarr raise for truncated files is derived from these.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise StsrError(
             f"{path} is damaged or cut short ({reason}); copy it again from its source"
@@ -53,9 +53,9 @@ def reading(path: Path):
 
 
 def find(folder: Path, *patterns: str) -> Path | None:
-    """The first file of a folder that matches the first pattern with any match, in name order."""
+    """Find the first file, by name, of the first pattern that matches any file in a folder; None without a match."""
     for pattern in patterns:
-        # Files that macOS writes beside others ("._name") are not the file.
+        # macOS writes metadata into files called "._name".
         matches = sorted(p for p in folder.glob(pattern) if not p.name.startswith("._"))
         if matches:
             return matches[0]
@@ -63,12 +63,12 @@ def find(folder: Path, *patterns: str) -> Path | None:
 
 
 def need(folder: Path, *patterns: str, what: str) -> Path:
-    """As ``find``, but a missing file is refused.
+    """Find a file as `find` does, and raise if it is missing.
 
     Raises
     ------
     StsrError
-        Naming the file that is missing and what it is for.
+        If no file matches; names the missing file and what it contains.
     """
     found = find(folder, *patterns)
     if found is None:
@@ -83,13 +83,13 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def check_writable(path) -> None:
-    """Fail early where a store cannot be written to.
+def check_writable(path: str | Path) -> None:
+    """Check early that a store can be written to.
 
     Raises
     ------
     StsrError
-        If the store or the folder it lies in is read-only.
+        If the store or its parent folder is read-only.
     """
     store = Path(path).resolve()
     for place in (store, store.parent):
@@ -98,13 +98,13 @@ def check_writable(path) -> None:
 
 
 @contextmanager
-def disk_errors(path) -> Iterator[None]:
-    """Turn a full or read-only disk into one sentence.
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Report a full or read-only disk as one sentence.
 
     Raises
     ------
     StsrError
-        For ENOSPC, EDQUOT, EACCES, EPERM and EROFS; other errors pass.
+        For ENOSPC, EDQUOT, EACCES, EPERM and EROFS; other errors are not caught.
     """
     try:
         yield
@@ -124,9 +124,9 @@ def disk_errors(path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Write a file in one step: yields a temporary path beside it, which replaces it when the block ends well.
+    """Write a file atomically: yields a temporary path beside it, which replaces the file if the block succeeds.
 
-    The temporary name depends on the file alone, so what a killed process left is overwritten by the next.
+    The temporary name depends on the file only, so that the next process overwrites what a killed one left behind.
 
     Raises
     ------
@@ -147,10 +147,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def lock(handle: IO) -> bool:
-    """Lock an open file for this process until it is closed; False if another process holds it.
+def lock(handle: IO[Any]) -> bool:
+    """Lock an open file for this process until it is closed; False if another process holds the lock.
 
-    On file systems without locks everyone succeeds: one writer at a time, then.
+    On file systems without locks this always succeeds; users then must not run two writers at once.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

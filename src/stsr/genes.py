@@ -1,4 +1,4 @@
-"""Gene names as users write them."""
+"""Parse and check gene names given by users."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from pathlib import Path
 from stsr.errors import StsrError, UsageError, did_you_mean
 
 ALL_GENES = "all"
-_NEAR = 3  # names offered for one that is unknown
+_SUGGESTIONS = 3  # similar names offered for an unknown one
 
 
 def listed_genes(asked: Sequence[str] | None) -> list[str] | None:
-    """The gene names in a user's words.
+    """Parse the gene names given by a user.
 
     Parameters
     ----------
     asked
-        Names, lists of names separated by commas, semicolons or spaces, or ``@FILE`` with such lists; in the file
-        ``#`` starts a comment.
+        Names, lists of names separated by commas, semicolons or spaces, or ``@FILE`` for a text file of such lists, in
+        which ``#`` starts a comment.
 
     Returns
     -------
     names
-        In the order given, each once; ``["all"]`` if ``all`` is among them; None if nothing was asked for.
+        Unique names in the order given; ``["all"]`` if ``all`` is among them; None if no genes were asked for.
 
     Raises
     ------
     UsageError
-        If a file cannot be read or no name is given.
+        If a file cannot be read, or it contains no gene names.
     """
     if not asked:
         return None
@@ -42,21 +42,21 @@ def listed_genes(asked: Sequence[str] | None) -> list[str] | None:
 
 
 def wanted_genes(asked: Sequence[str] | None, measured: Sequence[str], panel: Sequence[str]) -> list[str]:
-    """The genes to predict.
+    """Choose the genes to predict.
 
     Parameters
     ----------
     asked
-        As for `listed_genes`; by default the panel genes that were measured, or the panel where nothing was.
+        As for `listed_genes`; by default the panel genes that were measured, or the whole panel without spots.
     measured
-        Genes of the section's spots; empty without spots.
+        Genes measured in the section's spots; empty without spots.
     panel
         Genes of the model.
 
     Raises
     ------
     UsageError
-        For names that are neither measured nor in the panel, with near ones; for a file that cannot be read.
+        If a gene is neither measured nor in the panel (similar names are suggested), or a file cannot be read.
     StsrError
         If the model and the section have no gene in common.
     """
@@ -79,21 +79,21 @@ def wanted_genes(asked: Sequence[str] | None, measured: Sequence[str], panel: Se
 
 
 def genes_of(asked: Sequence[str] | None, available: Sequence[str], source: str) -> list[str]:
-    """The genes to read from a map or table.
+    """Choose the genes to read from a map or table.
 
     Parameters
     ----------
     asked
         As for `listed_genes`; all by default.
     available
-        Genes of the source.
+        Genes of the map or table.
     source
-        Its name, for the message.
+        Its name, for error messages.
 
     Raises
     ------
     UsageError
-        For names that are not there, with near ones; for a file that cannot be read.
+        If a gene is not in it (similar names are suggested), or a file cannot be read.
     """
     names = listed_genes(asked)
     if names is None or names == [ALL_GENES]:
@@ -106,7 +106,7 @@ def _known(names: list[str], known: Sequence[str] | dict[str, None], problem: st
     places = set(known)
     for name in names:
         if name not in places:
-            raise UsageError(f"{problem.format(name)}; {did_you_mean(name, known, remedy, _NEAR)}")
+            raise UsageError(f"{problem.format(name)}; {did_you_mean(name, known, remedy, _SUGGESTIONS)}")
     return names
 
 

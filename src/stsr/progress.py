@@ -1,15 +1,15 @@
-"""How long work tells its caller where it is: one type for every verb."""
+"""How verbs report progress and remarks to their caller."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[float, float, str], None]
-"""Called as ``progress(done, total, label)``. A new stage begins where ``done / total`` falls."""
+"""Called as ``progress(done, total, label)``. When ``done / total`` falls, a new stage has begun."""
 
 Report = Callable[[str], None]
 """Called with one sentence for the user."""
 
 
 def silent(*_: object) -> None:
-    """Do nothing: a `Progress` or `Report` for callers that want none."""
+    """Ignore what is reported: a `Progress` or `Report` for callers that do not need one."""

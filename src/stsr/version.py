@@ -1,3 +1,3 @@
-"""The version, on ground that every room may stand on."""
+"""The version, importable from everywhere."""
 
 __version__ = "0.1.0"

@@ -184,7 +184,7 @@ def scores(true: np.ndarray, found: np.ndarray) -> dict:
 
 def cell_of(section, centres_um: np.ndarray) -> np.ndarray:
     """The cell that each point lies in, -1 for none."""
-    outlines = section.cells.geometry.geometry.to_numpy()
+    outlines = section.cells.outlines.geometry.to_numpy()
     point, cell = shapely.STRtree(outlines).query(shapely.points(centres_um), predicate="within")
     found = np.full(len(centres_um), -1)
     found[point] = cell

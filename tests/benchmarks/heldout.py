@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scores as calibration_scores
 
 import stsr
 from stsr import checkpoint, metrics
@@ -107,8 +108,10 @@ class Bench:
         plain = [rng.poisson(mean) for _ in range(39)]
         found = {}
         for name, samples in (("with spread", drawn), ("Poisson only", plain)):
-            found[f"coverage of 90 %, {name}"] = metrics.coverage(np.stack(samples), self.truth).mean()
-            found[f"CRPS, {name}"] = metrics.crps(np.stack(samples), self.truth).mean()
+            found[f"coverage of 90 %, {name}"] = calibration_scores.coverage(
+                np.stack(samples), self.truth
+            ).mean()
+            found[f"CRPS, {name}"] = calibration_scores.crps(np.stack(samples), self.truth).mean()
         return found
 
     def print(self) -> None:

@@ -154,21 +154,22 @@ def score_bins(folder: Path, store: Path) -> None:
     from stsr.verbs.prepare.counting import count
     from stsr.verbs.singlecell import areas as cells
     from stsr.verbs.singlecell import segmentation
+    from stsr.verbs.singlecell.scores import measured_counts
 
     found = segmentation.stored(open_section(store))
-    truth, genes, rows = segmentation.measured_counts(open_section(store), found)
-    many = np.flatnonzero(np.asarray(truth.sum(0)).ravel() > MANY)
-    truth = truth[:, many].toarray().T
+    measured = measured_counts(open_section(store), found)
+    many = np.flatnonzero(np.asarray(measured.counts.sum(0)).ravel() > MANY)
+    truth = measured.counts[:, many].toarray().T
     print(
         f"| bins of | genes with over {MANY:,} counts, PCC median | lowest | above 0.9 |\n|---|---|---|---|"
     )
     for bin_um in (2.0, 5.0, 10.0, 20.0):
-        transcripts = xenium._transcripts(folder / "transcripts.parquet", genes, 20.0)
-        counted = count(transcripts, genes, bin_um, None)
+        transcripts = xenium._transcripts(folder / "transcripts.parquet", measured.genes, 20.0)
+        counted = count(transcripts, measured.genes, bin_um, None)
         counter = counted.counter
         values = np.concatenate([counter.block(number, np.uint16) for number in range(counter.blocks)])
         found_counts = (
-            cells.shares(found.outlines, counted.grid)[rows] @ values[many].reshape(len(many), -1).T
+            cells.shares(found.polygons, counted.grid)[measured.rows] @ values[many].reshape(len(many), -1).T
         )
         pcc = pearson(found_counts.T, truth)
         print(

@@ -181,7 +181,7 @@ def test_xenium_elements_tell_the_pixel_size(tmp_path):
     section = open_section(tmp_path / "x.zarr")
     assert section.frame.um_per_unit == pytest.approx(0.2125)
     assert np.allclose(section.cells.centres_um, [[30, 40], [10, 20]])  # um, in the table's order
-    assert list(section.cells.geometry["radius"]) == pytest.approx([5.0, 4.0])
+    assert list(section.cells.outlines["radius"]) == pytest.approx([5.0, 4.0])
     assert section.spots is None
 
 
@@ -227,7 +227,18 @@ def test_own_section(tmp_path):
     assert (section.image.read(section.hr.grid) == 90).all()
     assert np.array_equal(section.tissue.read(section.hr.grid), np.indices((20, 10))[0] >= 5)
     assert np.allclose(section.cells.centres_um, [[150, 390], [110, 210]])
-    assert list(section.cells.table.obs["id"]) == ["c2", "c1"]
+    assert list(section.cells.counts.obs["id"]) == ["c2", "c1"]
+
+
+def test_cells_are_areas_and_can_be_chosen(tmp_path):
+    cells = ours(tmp_path).cells  # circles
+    areas = [each.area for each in cells.polygons]
+    assert areas == pytest.approx(np.pi * np.array([25, 16])) and list(cells.outlines.index) == ["c2", "c1"]
+    for chosen in (cells.take(np.array([1])), cells.take(np.array([False, True]))):
+        assert (len(chosen), chosen.ids.tolist(), chosen.element) == (1, ["c1"], "cells")
+        assert np.array_equal(chosen.counts.X, cells.counts.X[1:]) and chosen.centres_um.tolist() == [
+            [110, 210]
+        ]
 
 
 def test_spots_are_the_maps_added_up(tmp_path):
@@ -262,6 +273,29 @@ def test_description_is_json_and_stdout_stays_clean(tmp_path, capsys):
     assert described["spots"]["number"] == 2 and described["hr"]["counts"] == HR.sum()
     assert described["image"]["um_per_px"] == 0.5 and described["provenance"]["he"]["origin"] == "measured"
     assert capsys.readouterr().out == ""
+
+
+def test_metadata_is_read_once(tmp_path, monkeypatch):
+    path, read, load = ours(tmp_path).path, [], catalogue.load_json
+    monkeypatch.setattr(catalogue, "load_json", lambda file: read.append(file) or load(file))
+    section = open_section(path)
+    for _ in range(2):
+        section.map("hr_10um")
+        assert section.spots and section.image and section.tissue and section.cells
+        section.describe()
+    read.remove(path / "zarr.json")  # by open_section, which asks whether there is a store at all
+    of_elements = [path / group / "zarr.json" for group in ("images/he", "images/hr_10um", "labels/tissue")]
+    assert sorted(read) == sorted([path / "zarr.json", *of_elements])
+
+
+def test_a_section_is_a_snapshot(tmp_path):
+    section = ours(tmp_path)
+    before = section.elements, section.provenance
+    with MapWriter(section.path, ["superres_x10"], ["A"], section.grid(10.0)) as writer:
+        writer.write("superres_x10", slice(0, 1), slice(0, 20), slice(0, 10), np.ones((1, 20, 10)))
+    assert (section.elements, section.provenance) == before and "superres_x10" not in section.elements
+    again = open_section(section.path)
+    assert again.catalogue.newest_superres() == "superres_x10" and "superres_x10" in again.provenance
 
 
 def test_missing_parts_are_none_and_missing_maps_errors(tmp_path):

@@ -86,7 +86,7 @@ def nothing_beside(path) -> bool:
 def test_names_round_trip():
     assert names.hr_name(10) == "hr_10um" and names.bin_um_of("hr_10um") == 10
     assert names.superres_name(10) == "superres_x10" and names.bin_um_of("superres_x10_sd") == 10
-    assert names.scale_of(names.superres_name(5)) == 5 and names.bin_um_of("he") is None
+    assert names.bin_um_of(names.superres_name(5)) == 20 and names.bin_um_of("he") is None
     with pytest.raises(UsageError, match="--name"):
         names.check_name("HR_10um")
 
@@ -121,12 +121,12 @@ def test_big_map_gets_a_pyramid_of_means(path, monkeypatch):
 
 def test_newest_map_is_found(path):
     with pytest.raises(StsrError, match="stsr superres"):
-        catalogue.newest_superres(path)
+        catalogue.Catalogue(path).newest_superres()
     write_map(path)
     write_map(path, elements=["superres_x5"])
-    assert catalogue.newest_superres(path) == "superres_x5"
+    assert catalogue.Catalogue(path).newest_superres() == "superres_x5"
     write_map(path, overwrite=True)
-    assert catalogue.newest_superres(path) == "superres_x10"
+    assert catalogue.Catalogue(path).newest_superres() == "superres_x10"
 
 
 # -------------------------------------------------------------------------------------------------- what stays

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from stsr.errors import StsrError, did_you_mean
+from stsr.store.parts import Cells
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from geopandas import GeoDataFrame
 
     from stsr.histology.files import Picture
 
@@ -81,14 +81,6 @@ class Spots:
     size_um: float
     counts: AnnData
     origin: str = "measured"
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Segmented cells: outlines in um (index: cell id) and, where measured, raw counts with the same index."""
-
-    outlines: GeoDataFrame
-    counts: AnnData | None = None
 
 
 @dataclass(frozen=True)

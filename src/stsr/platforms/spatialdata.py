@@ -138,9 +138,9 @@ def _cells(section, genes: list[str], warnings: list[str]) -> Cells | None:
     cells = section.cells
     if cells is None:
         return None
-    outlines = cells.geometry
+    outlines = cells.outlines
     outlines.index = outlines.index.astype(str)
-    table = cells.table
+    table = cells.counts
     if table is None:
         return Cells(outlines)
     if not set(genes) <= set(table.var_names):

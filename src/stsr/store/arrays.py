@@ -1,4 +1,4 @@
-"""Arrays of a store whose damage is told in a sentence, when they are opened and when they are read."""
+"""Zarr arrays of a store, with damage reported in one sentence."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class StoredArray:
     Parameters
     ----------
     path
-        Its folder.
+        Folder of the array.
 
     Raises
     ------
     StsrError
-        Here, and whenever something is read, if what is on disk is damaged.
+        When the array is opened or read, if it is damaged.
     """
 
     def __init__(self, path: Path):
@@ -29,14 +29,16 @@ class StoredArray:
         self._path = path
         with reading(path):
             self._array = zarr.open_array(path, mode="r")
-        self.shape, self.dtype, self.chunks = self._array.shape, self._array.dtype, self._array.chunks
+        self.shape: tuple[int, ...] = self._array.shape
+        self.chunks: tuple[int, ...] = self._array.chunks
+        self.dtype: np.dtype = self._array.dtype
         self.ndim = len(self.shape)
 
-    def __getitem__(self, window) -> np.ndarray:
+    def __getitem__(self, window: slice | tuple[slice, ...]) -> np.ndarray:
         with reading(self._path):
-            return self._array[window]
+            return np.asarray(self._array[window])
 
     def rows(self, index: np.ndarray, *window: slice) -> np.ndarray:
-        """Rows of the first axis in any order, within a window of the others."""
+        """Rows of the first axis in any order, within a window of the other axes."""
         with reading(self._path):
-            return self._array.oindex[(index, *window)]
+            return np.asarray(self._array.oindex[(index, *window)])

@@ -1,4 +1,4 @@
-"""What is in a store, without opening it.
+"""The contents of a store, without opening it in SpatialData.
 
 A store is an ordinary SpatialData zarr store, in zarr 3 (container 0.2) or zarr 2 (container 0.1). Everything here
 reads small JSON files; spatialdata and zarr are not needed. Writing is in `stsr.store.publishing`.
@@ -12,155 +12,220 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from stsr.errors import StsrError, UsageError
 from stsr.store import names
 
 
-def is_store(path) -> bool:
-    """Whether the folder is a zarr group, as SpatialData stores are."""
+@dataclass(frozen=True)
+class Catalogue:
+    """A snapshot of a store's contents: each JSON file is read at most once, when it is first needed.
+
+    What is published later is not in it. The functions of this module that take a path read the store anew.
+
+    Parameters
+    ----------
+    path
+        The store.
+    """
+
+    path: Path
+
+    @cached_property
+    def _root(self) -> dict[str, Any]:
+        """Root metadata of zarr 3: attributes and consolidated metadata."""
+        return load_json(self.path / "zarr.json")
+
+    @cached_property
+    def _attributes_read(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    @cached_property
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of the root group."""
+        if zarr_format(self.path) == 2:
+            return load_json(self.path / ".zattrs")
+        return self._root.get("attributes", {})
+
+    @cached_property
+    def elements(self) -> dict[str, str]:
+        """Elements as {name: kind}, the kinds being SpatialData's: images, labels, points, shapes, tables.
+
+        Follows what a reader sees: the consolidated metadata if there is any, else the folders.
+        """
+        groups = self._groups()
+        if groups is None:
+            groups = [f"{kind}/{child.name}" for kind in names.KINDS for child in _folders(self.path / kind)]
+        found = {}
+        for group in groups:
+            kind, _, element = group.partition("/")
+            if kind in names.KINDS and element and "/" not in element and (self.path / group).is_dir():
+                found[element] = kind
+        return found
+
+    def _groups(self) -> list[str] | None:
+        """Paths of all zarr groups and arrays in the consolidated metadata; None without it."""
+        if zarr_format(self.path) == 2:
+            metadata = load_json(self.path / ".zmetadata").get("metadata")
+            if metadata is None:
+                return None
+            return [key.rpartition("/")[0] for key in metadata if key.endswith(".zgroup")]
+        consolidated = self._root.get("consolidated_metadata")
+        return None if consolidated is None else list(consolidated["metadata"])
+
+    @cached_property
+    def provenance(self) -> dict[str, dict[str, Any]]:
+        """How each element that stsr wrote was made: {element: {"command": ..., "seed": ..., ...}}."""
+        found = self.attributes.get(names.ATTRS_KEY)
+        return found if isinstance(found, dict) else {}
+
+    def attributes_of(self, element: str) -> dict[str, Any]:
+        """Attributes of an element's zarr group.
+
+        Raises
+        ------
+        StsrError
+            If the store has no such element.
+        """
+        if element not in self._attributes_read:
+            kind = self.elements.get(element)
+            if kind is None:
+                there = ", ".join(self.elements) or "nothing"
+                raise StsrError(f"{self.path.name} has no element {element!r}; it has: {there}")
+            group = self.path / kind / element
+            is_v2 = (group / ".zgroup").is_file()
+            self._attributes_read[element] = (
+                load_json(group / ".zattrs")
+                if is_v2
+                else load_json(group / "zarr.json").get("attributes", {})
+            )
+        return self._attributes_read[element]
+
+    def levels_of(self, element: str) -> tuple[list[str], list[str]]:
+        """Array folders of an image or labels element from fine to coarse, and its channel names (empty if unnamed).
+
+        Raises
+        ------
+        StsrError
+            If the store has no such element.
+        """
+        attributes = self.attributes_of(element)
+        ome = attributes.get("ome", attributes)
+        levels = [dataset["path"] for dataset in ome["multiscales"][0]["datasets"]]
+        channels = ome.get("omero", attributes.get("omero", {})).get("channels", [])
+        return levels, [str(channel["label"]) for channel in channels]
+
+    @property
+    def superres_elements(self) -> list[str]:
+        """Super-resolved maps, newest first, without their standard deviations."""
+
+        def is_map(name: str, kind: str) -> bool:
+            by_us = self.provenance.get(name, {}).get("command") == "superres" and not names.is_spread(name)
+            return kind == "images" and (by_us or names.is_superres(name))
+
+        def age(name: str) -> tuple[str, str]:
+            return self.provenance.get(name, {}).get("written", ""), name
+
+        return sorted(
+            (name for name, kind in self.elements.items() if is_map(name, kind)), key=age, reverse=True
+        )
+
+    def newest_superres(self) -> str:
+        """The super-resolved map that was written last.
+
+        Raises
+        ------
+        StsrError
+            If there is none.
+        """
+        found = self.superres_elements
+        if not found:
+            raise StsrError(f"{self.path.name} has no super-resolved map; run: stsr superres {self.path}")
+        return found[0]
+
+    @property
+    def hr_elements(self) -> list[str]:
+        """Measured counts per bin, smallest bins first."""
+        measured = [name for name, kind in self.elements.items() if kind == "images" and names.is_hr(name)]
+        return sorted(measured, key=lambda name: names.bin_um_of(name) or 0.0)
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether the path is a zarr group, as SpatialData stores are."""
     path = Path(path)
     if (path / ".zgroup").is_file():
         return True
     return load_json(path / "zarr.json").get("node_type") == "group"
 
 
-def require_store(path) -> Path:
-    """The real path (links resolved) of an existing store.
+def require_store(path: str | Path) -> Path:
+    """The path of an existing store, with symbolic links resolved.
 
     Raises
     ------
     StsrError
-        If there is none.
+        If there is no store at this path.
     """
     real = Path(path).resolve()
     if is_store(real):
         return real
     if not real.exists():
         raise StsrError(f"there is no section at {path}; make one: stsr prepare FOLDER --output {path}")
-    raise StsrError(f"{path} is not a SpatialData store; make one of it: stsr prepare {path}")
+    raise StsrError(f"{path} is not a SpatialData store; convert it first: stsr prepare {path}")
 
 
-def zarr_format(path) -> int:
-    """2 or 3: the zarr version of a store."""
+def zarr_format(path: str | Path) -> int:
+    """The zarr version of a store: 2 or 3."""
     return 2 if (Path(path) / ".zgroup").is_file() else 3
 
 
-def elements(path) -> dict[str, str]:
-    """Elements of a store as {name: kind}, the kinds being SpatialData's: images, labels, points, shapes, tables.
-
-    Follows what a reader sees: the consolidated metadata if there is any, else the folders.
-    """
-    path = Path(path)
-    found_names = _consolidated_names(path)
-    if found_names is None:
-        found_names = [f"{kind}/{child.name}" for kind in names.KINDS for child in _folders(path / kind)]
-    found = {}
-    for name in found_names:
-        kind, _, element = name.partition("/")
-        if kind in names.KINDS and element and "/" not in element and (path / kind / element).is_dir():
-            found[element] = kind
-    return found
+def elements(path: str | Path) -> dict[str, str]:
+    """Elements of a store as {name: kind}; see `Catalogue.elements`."""
+    return Catalogue(Path(path)).elements
 
 
-def root_attributes(path) -> dict:
+def root_attributes(path: str | Path) -> dict[str, Any]:
     """Attributes of the store's root group."""
-    path = Path(path)
-    return (
-        load_json(path / ".zattrs")
-        if zarr_format(path) == 2
-        else load_json(path / "zarr.json").get("attributes", {})
-    )
+    return Catalogue(Path(path)).attributes
 
 
-def element_attributes(path, element: str) -> dict:
-    """Attributes of an element's zarr group, whichever the zarr version.
-
-    Raises
-    ------
-    StsrError
-        If the store has no such element.
-    """
-    path = Path(path)
-    kind = elements(path).get(element)
-    if kind is None:
-        raise StsrError(
-            f"{path.name} has no element {element!r}; it has: {', '.join(elements(path)) or 'nothing'}"
-        )
-    group = path / kind / element
-    return (
-        load_json(group / ".zattrs")
-        if (group / ".zgroup").is_file()
-        else load_json(group / "zarr.json").get("attributes", {})
-    )
+def element_attributes(path: str | Path, element: str) -> dict[str, Any]:
+    """Attributes of an element's zarr group; see `Catalogue.attributes_of`."""
+    return Catalogue(Path(path)).attributes_of(element)
 
 
-def image_metadata(path, element: str) -> tuple[list[str], list[str]]:
-    """Array folders of an image or labels element from fine to coarse, and its channel names (empty if unnamed)."""
-    attributes = element_attributes(path, element)
-    ome = attributes.get("ome", attributes)
-    levels = [dataset["path"] for dataset in ome["multiscales"][0]["datasets"]]
-    channels = ome.get("omero", attributes.get("omero", {})).get("channels", [])
-    return levels, [str(channel["label"]) for channel in channels]
+def image_metadata(path: str | Path, element: str) -> tuple[list[str], list[str]]:
+    """Array folders and channel names of an image or labels element; see `Catalogue.levels_of`."""
+    return Catalogue(Path(path)).levels_of(element)
 
 
-def provenance(path) -> dict[str, dict]:
-    """How each element that stsr wrote was made: {element: {"command": ..., "seed": ..., ...}}."""
-    found = root_attributes(path).get(names.ATTRS_KEY)
-    return found if isinstance(found, dict) else {}
+def provenance(path: str | Path) -> dict[str, dict[str, Any]]:
+    """How each element that stsr wrote was made; see `Catalogue.provenance`."""
+    return Catalogue(Path(path)).provenance
 
 
-def is_result(entry: dict) -> bool:
-    """Whether an element's provenance says that it is a result: neither measured nor simulated input."""
+def is_result(entry: dict[str, Any]) -> bool:
+    """Whether an element is a result of stsr according to its provenance, rather than measured or simulated input."""
     return entry.get("origin", names.MEASURED) in names.RESULTS
 
 
-def superres_elements(path) -> list[str]:
-    """Super-resolved maps in the store, newest first, without their spreads."""
-    made = provenance(path)
-
-    def is_map(name: str, kind: str) -> bool:
-        by_us = made.get(name, {}).get("command") == "superres" and not names.is_spread(name)
-        return kind == "images" and (by_us or names.is_superres(name))
-
-    found = [name for name, kind in elements(path).items() if is_map(name, kind)]
-    return sorted(found, key=lambda name: (made.get(name, {}).get("written", ""), name), reverse=True)
-
-
-def newest_superres(path) -> str:
-    """The super-resolved map that was written last.
-
-    Raises
-    ------
-    StsrError
-        If there is none.
-    """
-    found = superres_elements(path)
-    if not found:
-        raise StsrError(f"{Path(path).name} has no super-resolved map; run: stsr superres {path}")
-    return found[0]
-
-
-def hr_elements(path) -> list[str]:
-    """Measured counts per bin in the store, finest first."""
-    found = [name for name, kind in elements(path).items() if kind == "images" and names.is_hr(name)]
-    return sorted(found, key=names.bin_um_of)
-
-
-def check_free(path, outputs: list[str], overwrite: bool) -> None:
-    """Refuse outputs that would replace something that must stay.
+def check_free(path: str | Path, outputs: list[str], overwrite: bool) -> None:
+    """Refuse to replace measured data, or results without ``overwrite``.
 
     Raises
     ------
     UsageError
-        If an output exists and ``overwrite`` is false, or a name cannot be an output's.
+        If an output exists and ``overwrite`` is false.
     StsrError
         If an element of that name was measured, or was not written by stsr.
     """
-    path = Path(path)
-    made = provenance(path)
-    present = {name.lower(): name for name in elements(path)}  # spatialdata compares names without case
+    found = Catalogue(Path(path))
+    made, store = found.provenance, found.path.name
+    present = {name.lower(): name for name in found.elements}  # spatialdata compares names without case
     for name in outputs:
         old = present.get(name.lower())
         if old is None:
@@ -172,22 +237,10 @@ def check_free(path, outputs: list[str], overwrite: bool) -> None:
             or names.is_measured_name(old)
         ):
             raise StsrError(
-                f"{old!r} in {path.name} is not a result of stsr and stays as it is; choose another --name"
+                f"{old!r} in {store} is not a result of stsr and stays as it is; choose another --name"
             )
         if not overwrite:
-            raise UsageError(f"{path.name} already has {name!r}; add --overwrite to replace it")
-
-
-def _consolidated_names(path: Path) -> list[str] | None:
-    if zarr_format(path) == 2:
-        metadata = load_json(path / ".zmetadata").get("metadata")
-        return (
-            None
-            if metadata is None
-            else [key.rpartition("/")[0] for key in metadata if key.endswith(".zgroup")]
-        )
-    consolidated = load_json(path / "zarr.json").get("consolidated_metadata")
-    return None if consolidated is None else list(consolidated["metadata"])
+            raise UsageError(f"{store} already has {name!r}; add --overwrite to replace it")
 
 
 def _folders(path: Path) -> list[Path]:
@@ -196,8 +249,8 @@ def _folders(path: Path) -> list[Path]:
     return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
-def load_json(path: Path) -> dict:
-    """A JSON file of the store as a dict, empty if there is no such file.
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of the store as a dict; empty if there is no such file.
 
     Raises
     ------
@@ -217,7 +270,7 @@ def load_json(path: Path) -> dict:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the talk of spatialdata and ome-zarr off stdout, which belongs to the next command in the pipeline."""
+    """Silence log messages, warnings and stdout output of spatialdata and ome-zarr: stdout carries only results."""
     loggers = [logging.getLogger(name) for name in ("spatialdata", "ome_zarr")]
     levels = [logger.level for logger in loggers]
     try:

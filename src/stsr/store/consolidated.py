@@ -1,6 +1,6 @@
-"""A store's root metadata: attributes, and the consolidated copy of all metadata that readers go by.
+"""Root metadata of a store: attributes, and the consolidated copy of all metadata, which readers use.
 
-Every edit is one atomic rename of a file written in a scratch folder on the same file system. zarr 3 keeps attributes
+Every edit writes a file in a scratch folder on the same file system and renames it into place. zarr 3 keeps attributes
 and the consolidated copy in one file, ``zarr.json``; zarr 2 in two, ``.zattrs`` and ``.zmetadata``.
 """
 
@@ -9,35 +9,37 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from stsr.store import catalogue
 
 
 def consolidate(store: Path) -> None:
-    """Make the consolidated copy, reading every group and array of the store."""
+    """Write the consolidated metadata from every group and array of the store."""
     import zarr
 
-    with catalogue.quiet():  # parquet files of shapes and points are no zarr, and zarr says so
+    with catalogue.quiet():  # zarr warns of the parquet files of shapes and points
         zarr.consolidate_metadata(zarr.storage.LocalStore(store))
 
 
-def entries_of(store: Path, elements: dict[str, str]) -> dict:
+def entries_of(store: Path, elements: dict[str, str]) -> dict[str, Any]:
     """Consolidated metadata of elements ({name: kind}): {key: metadata}."""
     folders = {f"{kind}/{name}" for name, kind in elements.items()}
     found = consolidated(store) or {}
     return {key: value for key, value in found.items() if "/".join(key.split("/")[:2]) in folders}
 
 
-def kind_entries(store: Path, kinds: set[str]) -> dict:
-    """Consolidated metadata of the kinds' own groups, as they are on disk."""
+def kind_entries(store: Path, kinds: set[str]) -> dict[str, Any]:
+    """Metadata of the groups of kinds (``images``, ``labels``), read from disk."""
     files = (".zgroup", ".zattrs") if catalogue.zarr_format(store) == 2 else ("zarr.json",)
     found = {f"{kind}/{file}": catalogue.load_json(store / kind / file) for kind in kinds for file in files}
     return {key.removesuffix("/zarr.json"): value for key, value in found.items() if value}
 
 
-def consolidated(store: Path) -> dict | None:
-    """The consolidated copy, {key: metadata}, or None where there is none."""
+def consolidated(store: Path) -> dict[str, Any] | None:
+    """The consolidated metadata, {key: metadata}; None if there is none."""
     if catalogue.zarr_format(store) == 2:
         return catalogue.load_json(store / ".zmetadata").get("metadata")
     found = catalogue.load_json(store / "zarr.json").get("consolidated_metadata")
@@ -45,11 +47,24 @@ def consolidated(store: Path) -> dict | None:
 
 
 def edit_consolidated(
-    store: Path, scratch: Path, drop: dict | None = None, add: dict | None = None, also=None
+    store: Path,
+    scratch: Path,
+    drop: dict[str, str] | None = None,
+    add: dict[str, Any] | None = None,
+    also: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
-    """Change consolidated metadata in one atomic write; a store that has none is left without.
+    """Change the consolidated metadata in one atomic write; a store without it stays without it.
 
-    ``also`` edits the root attributes in the same write (zarr 3 only, where both are one file).
+    Parameters
+    ----------
+    store, scratch
+        The store, and a folder on the same file system.
+    drop
+        Elements to remove, {name: kind}.
+    add
+        Metadata to add, {key: metadata}.
+    also
+        Edits the root attributes in the same write (zarr 3 only, where both are in one file).
     """
     file = store / (".zmetadata" if catalogue.zarr_format(store) == 2 else "zarr.json")
     whole = catalogue.load_json(file)
@@ -59,7 +74,7 @@ def edit_consolidated(
         folders = {f"{kind}/{name}" for name, kind in (drop or {}).items()}
         kept = {key: value for key, value in metadata.items() if "/".join(key.split("/")[:2]) not in folders}
         merged = {**kept, **(add or {})}
-        # zarr builds its tree in this order and wants every depth whole before the next.
+        # zarr builds its tree in this order, and needs all groups of one depth before the next.
         holder["metadata"] = {
             key: merged[key] for key in sorted(merged, key=lambda key: (key.count("/"), key))
         }
@@ -71,8 +86,8 @@ def edit_consolidated(
         write_json(file, whole, scratch)
 
 
-def edit_root(store: Path, scratch: Path, edit) -> None:
-    """Change root attributes in one atomic write per file."""
+def edit_root(store: Path, scratch: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change the root attributes in one atomic write per file."""
     if catalogue.zarr_format(store) == 3:
         whole = catalogue.load_json(store / "zarr.json")
         edit(whole.setdefault("attributes", {}))
@@ -85,7 +100,7 @@ def edit_root(store: Path, scratch: Path, edit) -> None:
 
 
 def list_labels(store: Path, scratch: Path) -> None:
-    """OME-Zarr lists the labels in their group's attributes; other readers go by it."""
+    """Update the list of labels in the attributes of their group, which OME-Zarr readers use."""
     group = store / "labels"
     file = group / (".zattrs" if (group / ".zgroup").exists() else "zarr.json")
     whole = catalogue.load_json(file)
@@ -99,8 +114,8 @@ def list_labels(store: Path, scratch: Path) -> None:
         write_json(file, whole, scratch)
 
 
-def write_json(path: Path, content: dict, scratch: Path) -> None:
-    """Put JSON at ``path`` in one atomic rename out of the scratch folder."""
+def write_json(path: Path, content: dict[str, Any], scratch: Path) -> None:
+    """Write JSON to ``path`` atomically, by a rename from the scratch folder."""
     temporary = scratch / f"json-{uuid.uuid4().hex}"
     temporary.write_text(json.dumps(content))
     os.replace(temporary, path)

@@ -1,8 +1,9 @@
-"""Stores that others wrote: which elements are image, spots and cells, and how many um a unit is."""
+"""Stores written by other tools: find the image, spots and cells, and the size of a unit in um."""
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -12,6 +13,12 @@ from stsr.geometry.measurement import VISIUM_PITCH_UM, VISIUM_SPOT_UM
 from stsr.store import catalogue, names
 from stsr.store.elements import Frame
 
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
+    from spatialdata import SpatialData
+    from xarray import DataArray
+
 _HD_BINS = re.compile(r"(?:square|bin)_?(\d{3})um", re.IGNORECASE)  # spatialdata_io.visium_hd: square_008um
 _CELL_NAMES = (names.CELLS, "cell_boundaries", "cell_circles", "nucleus_boundaries")
 _LATTICE = ("array_row", "array_col")
@@ -19,19 +26,19 @@ _SIX = 6  # neighbours on a hexagonal lattice
 _PITCH_TOLERANCE = 0.15  # how far from 100 um a pitch may be and still be Visium's
 
 
-def find_frame(sdata, system: str | None = None, um_per_unit: float | None = None) -> Frame:
-    """The frame of a store that does not tell it in so many words.
+def find_frame(sdata: SpatialData, system: str | None = None, um_per_unit: float | None = None) -> Frame:
+    """Find the frame of a store that does not record it.
 
-    Tried in this order: maps whose names tell their bin size; Xenium elements, whose own coordinates are um;
-    Visium HD bins, whose names tell their pitch; round spots on a hexagonal lattice (by array rows and columns, else
-    by their distances), whose neighbours are 100 um apart. The diameter that Space Ranger gives for spots is not
-    used: it stands for 65 um in older data and 55 um in newer. Square arrays without a telling name and single
-    Visium spots say nothing about um.
+    Tried in this order: maps whose names contain their bin size; Xenium elements, whose own coordinates are um;
+    Visium HD bins, whose names contain their pitch; round spots on a hexagonal lattice (from array rows and columns,
+    else from their distances), whose neighbours are 100 um apart. The spot diameter of Space Ranger is not used: it
+    means 65 um in older data and 55 um in newer. Square arrays without such a name, and single Visium spots, do not
+    determine the scale.
 
     Raises
     ------
     StsrError
-        If none of them applies.
+        If none of these is found.
     """
     system = system or _main_system(sdata)
     if um_per_unit is None:
@@ -41,33 +48,33 @@ def find_frame(sdata, system: str | None = None, um_per_unit: float | None = Non
                 break
         else:
             raise StsrError(
-                "the store does not tell how many um a unit of its coordinates is; "
+                "the store does not record the size of its coordinate units in um; "
                 "give it: stsr prepare STORE --um-per-px VALUE"
             )
     return Frame(system, float(um_per_unit))
 
 
-def affine(element, system: str, um_per_unit: float = 1.0) -> np.ndarray:
-    """Affine (3, 3) from an element's own (x, y, 1) to um.
+def affine(element: Any, system: str, um_per_unit: float = 1.0) -> np.ndarray:
+    """Affine (3, 3) from an element's own coordinates (x, y, 1) to um.
 
     Raises
     ------
     StsrError
-        If the element has no place in the coordinate system.
+        If the element is not placed in the coordinate system.
     """
     from spatialdata.transformations import get_transformation
 
     found = get_transformation(element, get_all=True)
     if system not in found:
         raise StsrError(
-            f"an element has no place in the coordinate system {system!r}; prepare the section again"
+            f"an element is not placed in the coordinate system {system!r}; prepare the section again"
         )
     matrix = np.asarray(found[system].to_affine_matrix(("x", "y"), ("x", "y")), dtype=np.float64)
     return np.diag([um_per_unit, um_per_unit, 1.0]) @ matrix
 
 
-def find_image(sdata, frame: Frame) -> str | None:
-    """The finest 8-bit image of three or four channels in the frame."""
+def find_image(sdata: SpatialData, frame: Frame) -> str | None:
+    """Find the 8-bit image of three or four channels with the smallest pixels in the frame."""
     found = []
     for name, element in sdata.images.items():
         array = finest(element)
@@ -76,16 +83,16 @@ def find_image(sdata, frame: Frame) -> str | None:
     return min(found)[1] if found else None
 
 
-def finest(element):
-    """The level of most pixels of an image or labels element, as an xarray DataArray."""
+def finest(element: Any) -> DataArray:
+    """Full-resolution level of an image or labels element."""
     return next(iter(element["scale0"].values())) if hasattr(element, "children") else element
 
 
-def find_spots(sdata) -> tuple[str, str] | None:
-    """Names of the spots' shapes and of the table that annotates them, or None.
+def find_spots(sdata: SpatialData) -> tuple[str, str] | None:
+    """Find the names of the spots' shapes and of the table that annotates them; None without spots.
 
-    ``spots`` if there is one; else what carries array rows and columns. Of Visium HD's bins the coarsest are taken:
-    finer ones hold too few counts each to be a low-resolution measurement.
+    These are ``spots`` if present, else shapes whose table has array rows and columns. Of Visium HD bins the coarsest
+    are used: finer ones have too few counts each to be a low-resolution measurement.
     """
     pairs = [pair for pair in _annotations(sdata) if pair[0] in sdata.shapes]
     for shapes, table in pairs:
@@ -98,8 +105,8 @@ def find_spots(sdata) -> tuple[str, str] | None:
     return max(found, key=lambda pair: _hd_bin_um(pair[0]) or 0.0) if found else None
 
 
-def find_cells(sdata) -> tuple[str, str | None] | None:
-    """Names of the cells' shapes and of their table if there is one, or None."""
+def find_cells(sdata: SpatialData) -> tuple[str, str | None] | None:
+    """Find the names of the cells' shapes and of their table, if they have one; None without cells."""
     annotations = dict(_annotations(sdata))
     tables = [table for shapes, table in annotations.items() if _is_cells(shapes)]
     for name in _CELL_NAMES:
@@ -108,42 +115,41 @@ def find_cells(sdata) -> tuple[str, str | None] | None:
     return None
 
 
-def annotated(sdata, shapes: str, table: str):
-    """Geometry rows and table rows of the same things, in the table's order.
+def annotated(sdata: SpatialData, shapes: str, table: str) -> tuple[GeoDataFrame, np.ndarray]:
+    """Match shapes with the rows of a table that annotate them, in the order of the table.
 
     Returns
     -------
     geometry, rows
-        GeoDataFrame (n) and the indices (n,) of the table's rows that annotate it.
+        GeoDataFrame (n) and the indices (n,) of the table rows that annotate it.
 
     Raises
     ------
     StsrError
-        If table and shapes share no instance.
+        If table and shapes have no instance in common.
     """
     annotation = sdata.tables[table]
     attributes = annotation.uns["spatialdata_attrs"]
     region, instances = annotation.obs[attributes["region_key"]], annotation.obs[attributes["instance_key"]]
     geometry = sdata.shapes[shapes]
     mine = (region.astype(str) == shapes).to_numpy()
-    mine = (
-        mine if mine.any() else np.ones(len(region), dtype=bool)
-    )  # the table of a sister element, as circles
+    if not mine.any():  # the table annotates a sister element, such as circles of the same cells
+        mine = np.ones(len(region), dtype=bool)
     place = geometry.index.get_indexer(instances)
     if (
         place[mine] < 0
-    ).all() and geometry.index.dtype != instances.dtype:  # numbers in one and text in the other
+    ).all() and geometry.index.dtype != instances.dtype:  # numbers in one, text in the other
         place = geometry.index.astype(str).get_indexer(instances.astype(str))
     rows = np.flatnonzero(mine & (place >= 0))
     if not len(rows):
         raise StsrError(
-            f"the table {table!r} and the shapes {shapes!r} share no instance; prepare the section again"
+            f"the table {table!r} and the shapes {shapes!r} have no instance in common; prepare the section again"
         )
     return geometry.iloc[place[rows]], rows
 
 
-def outline(geometry, to_um: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
-    """Centres (n, 2) and sizes (n,) of circles or squares, um, and ``"disc"`` or ``"square"``."""
+def outline(geometry: GeoDataFrame, to_um: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+    """Centres (n, 2) and sizes (n,), um, of circles or squares, and ``"disc"`` or ``"square"``."""
     scale = np.sqrt(abs(np.linalg.det(to_um[:2, :2])))
     centroid = geometry.geometry.centroid
     centres = np.stack([centroid.x.to_numpy(), centroid.y.to_numpy(), np.ones(len(geometry))], axis=1)
@@ -153,14 +159,14 @@ def outline(geometry, to_um: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
     return centres, scale * np.sqrt(geometry.geometry.area.to_numpy()), "square"
 
 
-def in_um(geometry, to_um: np.ndarray):
-    """The same shapes in um."""
+def in_um(geometry: GeoDataFrame, to_um: np.ndarray) -> GeoDataFrame:
+    """Transform shapes to um."""
     (a, b, x), (d, e, y) = to_um[:2]
     moved = geometry.copy()
     moved.geometry = geometry.geometry.affine_transform([a, b, d, e, x, y])
     if "radius" in moved:
         moved["radius"] = moved["radius"] * np.sqrt(abs(np.linalg.det(to_um[:2, :2])))
-    moved.attrs = {}  # the old transformation no longer holds
+    moved.attrs = {}  # the transformation it held no longer applies
     return moved
 
 
@@ -181,13 +187,13 @@ def median_pitch(centres: np.ndarray) -> float | None:
     return float(np.median(distance[:, 1]))
 
 
-def raw_counts(table, rows: np.ndarray, where: str) -> tuple[sp.csr_matrix, list[str]]:
-    """Raw counts (n, g) float32 and gene names of a table's rows: ``layers["counts"]``, else X, else raw.
+def raw_counts(table: AnnData, rows: np.ndarray, where: str) -> tuple[sp.csr_matrix, list[str]]:
+    """Raw counts (n, g) float32 and gene names of some rows of a table: ``layers["counts"]``, else X, else raw.
 
     Raises
     ------
     StsrError
-        If none of them holds whole, non-negative numbers.
+        If none of them contains non-negative integers only.
     """
     candidates = [(table.layers.get("counts"), table.var_names), (table.X, table.var_names)]
     if table.raw is not None:
@@ -199,7 +205,7 @@ def raw_counts(table, rows: np.ndarray, where: str) -> tuple[sp.csr_matrix, list
         if np.all(counts.data >= 0) and np.array_equal(counts.data, np.rint(counts.data)):
             return counts, [str(gene) for gene in genes]
     raise StsrError(
-        f"the spots' table in {where} holds no raw counts (whole numbers); "
+        f"the spots' table in {where} contains no raw counts (integers); "
         "put them in layers['counts'] and save it again"
     )
 
@@ -207,8 +213,8 @@ def raw_counts(table, rows: np.ndarray, where: str) -> tuple[sp.csr_matrix, list
 # ------------------------------------------------------------------------------------------------------ frames
 
 
-def _main_system(sdata) -> str:
-    """Where the spots or else the images lie; of several the one of most elements, ``global`` first."""
+def _main_system(sdata: SpatialData) -> str:
+    """Coordinate system of the spots, else of all elements; of several, ``global`` or the most frequent one."""
     from spatialdata.transformations import get_transformation
 
     votes: dict[str, int] = {}
@@ -223,11 +229,11 @@ def _main_system(sdata) -> str:
         return "global"
     if "global" in votes:
         return "global"
-    # spatialdata_io.visium adds "<dataset>_downscaled_hires" and such; the plain name is the full resolution
+    # spatialdata_io.visium adds "<dataset>_downscaled_hires" and the like; the plain name is the full resolution
     return min(votes, key=lambda system: ("_downscaled_" in system, -votes[system], len(system)))
 
 
-def _um_from_maps(sdata, system: str) -> float | None:
+def _um_from_maps(sdata: SpatialData, system: str) -> float | None:
     for name, element in sdata.images.items():
         bin_um = names.bin_um_of(name)
         if bin_um and _lies_in(element, system):
@@ -235,8 +241,8 @@ def _um_from_maps(sdata, system: str) -> float | None:
     return None
 
 
-def _um_from_xenium(sdata, system: str) -> float | None:
-    """spatialdata_io.xenium keeps um in its points and shapes, and pixels in the coordinate system."""
+def _um_from_xenium(sdata: SpatialData, system: str) -> float | None:
+    """In stores by spatialdata_io.xenium, points and shapes are in um and the coordinate system is in pixels."""
     is_xenium = (
         "cell_circles" in sdata.shapes or "transcripts" in sdata.points or "cell_boundaries" in sdata.shapes
     )
@@ -252,7 +258,7 @@ def _um_from_xenium(sdata, system: str) -> float | None:
 def _um_from_hd(sdata, system: str) -> float | None:
     found = find_spots(sdata)
     bin_um = _hd_bin_um(found[0]) if found else None
-    if not bin_um or not _lies_in(sdata.shapes[found[0]], system):
+    if found is None or not bin_um or not _lies_in(sdata.shapes[found[0]], system):
         return None
     pitch = median_pitch(outline(sdata.shapes[found[0]], affine(sdata.shapes[found[0]], system))[0])
     return bin_um / pitch if pitch else None
@@ -301,17 +307,17 @@ def lattice_um(centres: np.ndarray, array_row: np.ndarray, array_col: np.ndarray
 # ---------------------------------------------------------------------------------------------------- elements
 
 
-def _annotations(sdata) -> list[tuple[str, str]]:
-    """(element, table) for every table that annotates something; the verbs' own results are left out."""
+def _annotations(sdata: SpatialData) -> list[tuple[str, str]]:
+    """(element, table) of every table that annotates an element, without results of stsr."""
     pairs = []
     made = sdata.attrs.get(names.ATTRS_KEY, {})
     for name, table in sdata.tables.items():
         if catalogue.is_result(made.get(name, {})):
-            continue  # it annotates what was measured, and is no measurement itself
+            continue  # derived from measured elements, not measured itself
         regions = table.uns.get("spatialdata_attrs", {}).get("region") or []
         regions = [regions] if isinstance(regions, str) else list(regions)
         pairs += [(str(region), name) for region in regions]
-    # The table that goes by the element's name comes first.
+    # Tables named after the element come first.
     return sorted(pairs, key=lambda pair: (pair[1] != names.table_name(pair[0]), pair))
 
 
@@ -324,14 +330,14 @@ def _hd_bin_um(shapes: str) -> float | None:
     return float(match[1]) if match else None
 
 
-def _lies_in(element, system: str) -> bool:
+def _lies_in(element: Any, system: str) -> bool:
     from spatialdata.transformations import get_transformation
 
     return system in get_transformation(element, get_all=True)
 
 
-def _table_that_fits(sdata, shapes: str, tables: list[str]) -> str | None:
-    """A cells' table of a sister element (Xenium: of the circles) whose instances are these shapes too."""
+def _table_that_fits(sdata: SpatialData, shapes: str, tables: list[str]) -> str | None:
+    """Table of a sister element (for Xenium, the circles) with the same instances as these shapes."""
     for table in tables:
         try:
             annotated(sdata, shapes, table)

@@ -1,34 +1,42 @@
-"""SpatialData elements made of a section's parts, all placed in um."""
+"""Build SpatialData elements from the parts of a section, placed in um."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from stsr.geometry.grid import Grid
 from stsr.histology.files import Picture
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
+    from spatialdata import SpatialData
+    from xarray import DataArray
+
 UM = "global"
-"""The coordinate system of stores that stsr makes: um."""
+"""Coordinate system of stores written by stsr, in um."""
 
 COUNT_CHUNKS = (16, 256, 256)
 _IMAGE_CHUNKS = (3, 1024, 1024)
-_COARSEST = 256  # px; a pyramid ends before a side gets shorter
+_COARSEST = 256  # px; the shortest side of the smallest pyramid level is not below this
 REGION, INSTANCE = "region", "instance_id"
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a section's coordinates live.
+    """Coordinate system of a section, and its units.
 
     Parameters
     ----------
     name
-        Coordinate system of the store.
+        Name of the coordinate system in the store.
     um_per_unit
-        Micrometres that one unit of it stands for.
+        Size of one unit, um.
     """
 
     name: str
@@ -36,11 +44,11 @@ class Frame:
 
 
 IN_UM = Frame(UM, 1.0)
-"""The frame of stores that stsr makes."""
+"""Frame of stores written by stsr."""
 
 
 def placed(to_um: np.ndarray, frame: Frame = IN_UM) -> dict[str, Any]:
-    """The transformation of an element whose own coordinates (x, y, 1) the affine (3, 3) takes to um."""
+    """Transformation of an element, from the affine (3, 3) of its own coordinates (x, y, 1) to um."""
     from spatialdata.transformations import Affine
 
     to_unit = np.diag([1 / frame.um_per_unit, 1 / frame.um_per_unit, 1.0]) @ to_um
@@ -88,13 +96,28 @@ def _pyramid(level) -> list:
 
 
 def _halve(pixels: np.ndarray) -> np.ndarray:
-    """Mean of 2 x 2 pixels, rounded: (c, 2 h, 2 w) uint8 -> (c, h, w)."""
+    """Rounded mean of 2 x 2 pixels: (c, 2 h, 2 w) uint8 -> (c, h, w)."""
     rows = pixels[:, 0::2].astype(np.uint16) + pixels[:, 1::2]
     return ((rows[:, :, 0::2] + rows[:, :, 1::2] + 2) // 4).astype(np.uint8)
 
 
-def count_image(counter, grid: Grid, genes: list[str]):
-    """Counts per bin (gene, y, x), counted block by block while they are written."""
+class Counter(Protocol):
+    """Counts bins in blocks of `COUNT_CHUNKS` genes."""
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+
+    @property
+    def dtype(self) -> Any:
+        """Data type that holds the largest count."""
+
+    def block(self, number: int, dtype: Any) -> np.ndarray:
+        """Counts of one block (genes, bins)."""
+
+
+def count_image(counter: Counter, grid: Grid, genes: list[str]) -> DataArray:
+    """Image of counts per bin (gene, y, x), counted in blocks of genes while it is written."""
     import dask
     import dask.array as da
     from spatialdata.models import Image2DModel
@@ -115,8 +138,8 @@ def count_image(counter, grid: Grid, genes: list[str]):
     )
 
 
-def labels(values: np.ndarray, grid: Grid, frame: Frame = IN_UM):
-    """Labels (y, x), one per bin: a mask, or codes of which 0 is none."""
+def labels(values: np.ndarray, grid: Grid, frame: Frame = IN_UM) -> DataArray:
+    """Labels (y, x), one per bin: a mask, or codes with 0 for none."""
     from spatialdata.models import Labels2DModel
 
     if values.dtype == bool:
@@ -124,8 +147,8 @@ def labels(values: np.ndarray, grid: Grid, frame: Frame = IN_UM):
     return Labels2DModel.parse(values, dims=("y", "x"), transformations=placed(grid.bin_to_um, frame))
 
 
-def spot_shapes(centres_um: np.ndarray, shape: str, size_um: float, names):
-    """Spots as circles, or squares as polygons; index: their names."""
+def spot_shapes(centres_um: np.ndarray, shape: str, size_um: float, names: Sequence[str]) -> GeoDataFrame:
+    """Shapes of spots: circles, or polygons for squares, indexed by spot names."""
     import geopandas as gpd
     import shapely
     from spatialdata.models import ShapesModel
@@ -140,8 +163,8 @@ def spot_shapes(centres_um: np.ndarray, shape: str, size_um: float, names):
     return ShapesModel.parse(frame, transformations={UM: Identity()})
 
 
-def cell_shapes(outlines, frame: Frame = IN_UM):
-    """Cells as polygons, or points with a radius, in um; index: their names."""
+def cell_shapes(outlines: GeoDataFrame, frame: Frame = IN_UM) -> GeoDataFrame:
+    """Shapes of cells: polygons, or points with a radius, in um, indexed by cell ids."""
     from spatialdata.models import ShapesModel
     from spatialdata.transformations import Identity, Scale
 
@@ -150,17 +173,17 @@ def cell_shapes(outlines, frame: Frame = IN_UM):
     return ShapesModel.parse(outlines, transformations={frame.name: place})
 
 
-def table(counts, element: str, centres_um: np.ndarray | None = None):
-    """A table that annotates an element, row by row, by the element's index.
+def table(counts: AnnData, element: str, centres_um: np.ndarray | None = None) -> AnnData:
+    """Copy counts into a table that annotates an element by its index.
 
     Parameters
     ----------
     counts
-        AnnData (instances, genes) whose ``obs_names`` are the element's index.
+        AnnData (instances, genes) whose ``obs_names`` are the index of the element.
     element
-        What it annotates.
+        The annotated element.
     centres_um
-        (instances, 2), goes to ``obsm["spatial"]`` as other tools expect.
+        (instances, 2), stored as ``obsm["spatial"]`` for other tools.
     """
     from spatialdata.models import TableModel
 
@@ -171,8 +194,8 @@ def table(counts, element: str, centres_um: np.ndarray | None = None):
     return annotating(counts, element, counts.obs_names.to_numpy())
 
 
-def annotating(table, element: str, instances: np.ndarray):
-    """The table itself, its rows annotating these instances of an element.
+def annotating(table: AnnData, element: str, instances: np.ndarray) -> AnnData:
+    """Make the rows of a table annotate instances of an element; changes the table and returns it.
 
     Parameters
     ----------
@@ -181,7 +204,7 @@ def annotating(table, element: str, instances: np.ndarray):
     element
         Shapes or labels.
     instances
-        (n,) index of the shapes, or codes of the labels, in the element's own type: a join compares them.
+        (n,) index values of the shapes, or codes of the labels, in the element's own data type, as joins need.
     """
     import pandas as pd
     from spatialdata.models import TableModel
@@ -191,15 +214,15 @@ def annotating(table, element: str, instances: np.ndarray):
     return TableModel.parse(table, region=element, region_key=REGION, instance_key=INSTANCE)
 
 
-def free_table(table):
-    """A table that annotates no element."""
+def free_table(table: AnnData) -> AnnData:
+    """Make a table that annotates no element."""
     from spatialdata.models import TableModel
 
     return TableModel.parse(table)
 
 
-def store_of(parts: dict[str, Any]):
-    """A `spatialdata.SpatialData` of elements {name: element}, in memory or lazy."""
+def store_of(parts: dict[str, Any]) -> SpatialData:
+    """Combine elements {name: element}, in memory or lazy, into a `spatialdata.SpatialData`."""
     from spatialdata import SpatialData
 
     return SpatialData.init_from_elements(parts)

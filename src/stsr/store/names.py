@@ -1,4 +1,4 @@
-"""Names of elements, and of what stsr keeps in the attributes of a store."""
+"""Names of elements and attributes in a store."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CELLS = "cells"
 SUPPORT = "support"
 KINDS = ("images", "labels", "points", "shapes", "tables")
 ATTRS_KEY = "stsr"
-"""Root attribute with the provenance of every element that stsr wrote: {element: {...}}."""
+"""Root attribute with the provenance of every element written by stsr: {element: {...}}."""
 FRAME_KEY = "stsr_frame"
-"""Root attribute of stores that stsr created: {"coordinate_system": name, "um_per_unit": value}."""
+"""Root attribute of stores created by stsr: {"coordinate_system": name, "um_per_unit": value}."""
 MEASURED = "measured"
-"""``origin`` in the provenance of an element that came from an instrument; such elements are never replaced."""
+"""``origin`` in the provenance of elements measured by an instrument; they are never replaced."""
 RESULTS = ("predicted", "derived")
-"""``origin`` of what a method said of a section, and of what was computed from its elements."""
+"""``origin`` of maps predicted by a method, and of results derived from a section's elements."""
 _HR = re.compile(r"^hr_(\d+(?:\.\d+)?)um$")
 _SUPERRES = re.compile(r"^superres_x(\d+(?:\.\d+)?)$")
 _SPREAD = "_sd"
@@ -29,7 +29,7 @@ _SPREAD = "_sd"
 def table_name(element: str) -> str:
     """Name of the table that annotates an element: ``spots`` -> ``spots_table``.
 
-    SpatialData 0.7 wants names unique over all kinds, so shapes and their table cannot share one.
+    In SpatialData 0.7 names are unique over all kinds of elements, so shapes and their table cannot share one.
     """
     return f"{element}_table"
 
@@ -60,23 +60,17 @@ def cells_name(scale: float) -> str:
 
 
 def spread_name(element: str) -> str:
-    """Name of the spread over samples that belongs to a map: ``superres_x10`` -> ``superres_x10_sd``."""
+    """Name of a map's standard deviation over samples: ``superres_x10`` -> ``superres_x10_sd``."""
     return element + _SPREAD
 
 
 def bin_um_of(element: str) -> float | None:
-    """Bin size in um that a map's name tells, or None when it tells none."""
+    """Bin size in um according to a map's name; None if the name does not contain one."""
     if match := _HR.match(element):
         return float(match[1])
     if match := _SUPERRES.match(element.removesuffix(_SPREAD)):
         return LR_UM / float(match[1])
     return None
-
-
-def scale_of(element: str) -> float | None:
-    """Scale (100 um / bin size) that a map's name tells, or None."""
-    bin_um = bin_um_of(element)
-    return None if bin_um is None else LR_UM / bin_um
 
 
 def is_measured_name(element: str) -> bool:
@@ -86,30 +80,30 @@ def is_measured_name(element: str) -> bool:
 
 
 def check_name(element: str) -> str:
-    """The name itself, if it can be an output's name.
+    """Check the name of an output, and return it.
 
     Raises
     ------
     UsageError
-        If SpatialData would refuse it, or it is kept for measured data.
+        If SpatialData would refuse it, or it is reserved for measured data.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", element):
-        raise UsageError(f"an element cannot be called {element!r}; use letters, digits, '_', '-' and '.'")
+        raise UsageError(f"{element!r} is not a valid element name; use letters, digits, '_', '-' and '.'")
     if is_measured_name(element):
         raise UsageError(f"the name {element!r} is kept for measured data; choose another with --name")
     return element
 
 
 def is_hr(element: str) -> bool:
-    """Whether a name is one of measured counts per bin: ``hr_10um``."""
+    """Whether the name is that of measured counts per bin: ``hr_10um``."""
     return bool(_HR.match(element))
 
 
 def is_superres(element: str) -> bool:
-    """Whether a name is one that super-resolved maps have by default: ``superres_x10``."""
+    """Whether the name is the default name of a super-resolved map: ``superres_x10``."""
     return bool(_SUPERRES.match(element))
 
 
 def is_spread(element: str) -> bool:
-    """Whether a name is one of a spread over samples: ``superres_x10_sd``."""
+    """Whether the name is that of a standard deviation over samples: ``superres_x10_sd``."""
     return element.endswith(_SPREAD)

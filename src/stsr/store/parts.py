@@ -1,10 +1,11 @@
-"""What a section holds, read when asked: spots, maps, masks and cells, all in um."""
+"""The parts of a section: spots, maps, masks and cells, all in um."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -12,12 +13,18 @@ import scipy.sparse as sp
 from stsr.errors import UsageError
 from stsr.geometry.grid import Grid
 from stsr.geometry.measurement import Measurement
+from stsr.geometry.outlines import areas
 from stsr.store import discovery
+from stsr.store.arrays import StoredArray
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
 
 
 @dataclass(frozen=True)
 class Spots:
-    """Measured places.
+    """Measured spots.
 
     Parameters
     ----------
@@ -26,7 +33,7 @@ class Spots:
     counts
         (n, g) raw counts, csr float32.
     genes
-        Names, g.
+        Gene names, g.
     shape
         ``"disc"`` or ``"square"``.
     size_um
@@ -57,7 +64,7 @@ class Spots:
         return make(grid, self.centres_um, self.size_um)
 
     def select(self, genes: Sequence[str]) -> sp.csr_matrix:
-        """Counts (n, len(genes)) of these genes, 0 for genes that were not measured."""
+        """Counts (n, len(genes)) of the given genes; 0 for genes that were not measured."""
         place = {gene: number for number, gene in enumerate(self.genes)}
         known = [(place[gene], column) for column, gene in enumerate(genes) if gene in place]
         rows, columns = np.array(known, dtype=int).reshape(-1, 2).T
@@ -66,8 +73,8 @@ class Spots:
         )
         return (self.counts @ chosen).tocsr()
 
-    def describe(self) -> dict:
-        """JSON-able summary."""
+    def describe(self) -> dict[str, Any]:
+        """Summarise as plain JSON types."""
         return {
             "number": int(self.counts.shape[0]),
             "genes": len(self.genes),
@@ -80,27 +87,37 @@ class Spots:
 
 
 class Map:
-    """A map on disk: (gene, y, x) values per bin."""
+    """A map on disk: (gene, y, x) values per bin.
 
-    def __init__(self, grid: Grid, genes: list[str], array):
+    Parameters
+    ----------
+    grid
+        The bins.
+    genes
+        Gene names in the order of the first axis.
+    array
+        The values.
+    """
+
+    def __init__(self, grid: Grid, genes: list[str], array: StoredArray):
         self.grid = grid
         self.genes = genes
         self._array = array
 
     def read(self, genes: Sequence[str] | None = None, window: Grid | None = None) -> np.ndarray:
-        """Values of some genes in a window.
+        """Read some genes in a window.
 
         Parameters
         ----------
         genes
-            Names in the wanted order; all by default.
+            Gene names in the wanted order; all by default.
         window
-            A grid whose bins coincide with the map's; the whole map by default. Zeros where it sticks out.
+            A grid whose bins coincide with those of the map; the whole map by default. Zero beyond the map.
 
         Returns
         -------
-        maps
-            (genes, height, width) in the stored type.
+        values
+            (genes, height, width) in the stored data type.
 
         Raises
         ------
@@ -125,13 +142,13 @@ class Map:
         return maps
 
     def total(self) -> float:
-        """Sum of all values, a block of genes at a time."""
+        """Sum of all values, read in blocks of genes."""
         step = self._array.chunks[0]
         blocks = (self._array[start : start + step] for start in range(0, len(self.genes), step))
         return float(sum(block.sum(dtype=np.float64) for block in blocks))
 
-    def describe(self) -> dict:
-        """JSON-able summary."""
+    def describe(self) -> dict[str, Any]:
+        """Summarise as plain JSON types."""
         return {
             "bin_um": self.grid.bin_um,
             "height": self.grid.height,
@@ -152,14 +169,14 @@ class Map:
 
 
 class Mask:
-    """Labels with their place in um; 0 is outside."""
+    """A label image placed in um; 0 is outside."""
 
-    def __init__(self, labels, px_to_um: np.ndarray):
+    def __init__(self, labels: StoredArray, px_to_um: np.ndarray):
         self._labels = labels
         self._um_to_px = np.linalg.inv(px_to_um)
 
     def read(self, grid: Grid) -> np.ndarray:
-        """Whether each bin's centre lies in the mask: (height, width) bool, False outside of the labels."""
+        """Bins whose centre lies in the mask, (height, width) bool; False beyond the label image."""
         (a, b, c), (d, e, f) = self._um_to_px[:2]
         x, y = grid.centres_um()
         columns = np.floor(a * x[None, :] + b * y[:, None] + c).astype(np.int64)
@@ -176,26 +193,60 @@ class Mask:
 
 @dataclass(frozen=True)
 class Cells:
-    """Segmented cells.
+    """Segmented cells, of a store, of a platform's files or newly found.
 
     Parameters
     ----------
-    geometry
-        GeoDataFrame of points (with ``radius``) or polygons, in um.
-    table
+    outlines
+        GeoDataFrame of polygons, or of points with a column ``radius``, um. The index holds unique cell ids: text, or
+        whole numbers for labels.
+    counts
         AnnData (cells, genes) in the same order, or None.
+    source
+        Where the cells come from, for messages and provenance.
+    element
+        The shapes or labels of the store that these cells are; None if they are not in a store.
     """
 
-    geometry: object
-    table: object
+    outlines: GeoDataFrame
+    counts: AnnData | None = None
+    source: str = ""
+    element: str | None = None
+
+    @classmethod
+    def of_polygons(
+        cls, ids: np.ndarray, polygons: np.ndarray, source: str = "", element: str | None = None
+    ) -> Cells:
+        """Cells without counts, from ids (n,) and shapely polygons (n,), um."""
+        import geopandas as gpd
+
+        return cls(gpd.GeoDataFrame(geometry=polygons, index=ids), None, source, element)
+
+    def __len__(self) -> int:
+        return len(self.outlines)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """(n,) cell ids."""
+        return self.outlines.index.to_numpy()
+
+    @cached_property
+    def polygons(self) -> np.ndarray:
+        """(n,) shapely polygons or multipolygons, um; points with a radius as polygons of the disc's area."""
+        return areas(self.outlines)
 
     @cached_property
     def centres_um(self) -> np.ndarray:
         """(n, 2) x and y of the centroids, um."""
-        centroid = self.geometry.geometry.centroid
+        centroid = self.outlines.geometry.centroid
         return np.stack([centroid.x.to_numpy(), centroid.y.to_numpy()], axis=1)
 
-    def describe(self) -> dict:
-        """JSON-able summary."""
-        genes = None if self.table is None else int(self.table.n_vars)
-        return {"number": len(self.geometry), "genes": genes}
+    def take(self, rows: np.ndarray) -> Cells:
+        """Some of the cells, by index (m,) or mask (n,)."""
+        counts = None if self.counts is None else self.counts[rows]
+        return replace(self, outlines=self.outlines.iloc[rows], counts=counts)
+
+    def describe(self) -> dict[str, Any]:
+        """Summarise as plain JSON types."""
+        genes = None if self.counts is None else int(self.counts.n_vars)
+        return {"number": len(self), "genes": genes}

@@ -1,9 +1,10 @@
-"""A section as the verbs read it: image, spots, maps and cells in um, whoever wrote the store."""
+"""A section as the verbs read it: image, spots, maps and cells in um, whichever tool wrote the store."""
 
 from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,22 +13,28 @@ from stsr.geometry.grid import LR_UM, Grid, add_up
 from stsr.histology.image import Image
 from stsr.store import catalogue, discovery, names
 from stsr.store.arrays import StoredArray
+from stsr.store.catalogue import Catalogue
 from stsr.store.discovery import Frame
 from stsr.store.parts import Cells, Map, Mask, Spots
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
 
 SUPPORT_UM = 10.0
 """Bin size at which support is decided; coarser bins follow from it."""
 
 
-def open_section(path, um_per_unit: float | None = None, coordinate_system: str | None = None) -> Section:
-    """A section store, ready to be read; nothing is loaded yet.
+def open_section(
+    path: str | Path, um_per_unit: float | None = None, coordinate_system: str | None = None
+) -> Section:
+    """Open a section store for reading; nothing is loaded yet.
 
     Parameters
     ----------
     path
-        A store by `stsr prepare`, or any SpatialData store.
+        A store written by `stsr prepare`, or any SpatialData store.
     um_per_unit, coordinate_system
-        The frame, where the store does not tell it. By default it is found; see `stsr.store.discovery.find_frame`.
+        The frame, for stores that do not record it. Found by default; see `stsr.store.discovery.find_frame`.
 
     Raises
     ------
@@ -38,10 +45,24 @@ def open_section(path, um_per_unit: float | None = None, coordinate_system: str 
 
 
 class Section:
-    """One tissue section. All coordinates are um: the frame's coordinate system times its um per unit."""
+    """One tissue section. All coordinates are um: those of the frame's coordinate system times its um per unit.
 
-    def __init__(self, path, um_per_unit: float | None = None, coordinate_system: str | None = None):
+    A section shows the store as it was when its contents were first asked for, and reads no metadata twice. Open it
+    again to see what was published since.
+
+    Parameters
+    ----------
+    path
+        The store.
+    um_per_unit, coordinate_system
+        As for `open_section`.
+    """
+
+    def __init__(
+        self, path: str | Path, um_per_unit: float | None = None, coordinate_system: str | None = None
+    ):
         self.path = Path(path)
+        self.catalogue = Catalogue(self.path)
         self._um_per_unit = um_per_unit
         self._coordinate_system = coordinate_system
 
@@ -51,7 +72,7 @@ class Section:
         return self.path.name.removesuffix(".zarr")
 
     @cached_property
-    def sdata(self):
+    def sdata(self) -> SpatialData:
         """The `spatialdata.SpatialData`, lazy.
 
         Raises
@@ -64,7 +85,7 @@ class Section:
         try:
             with catalogue.quiet():
                 return read_zarr(self.path)
-        except Exception as error:  # spatialdata lets through whatever its many readers raise
+        except Exception as error:  # the readers behind spatialdata raise many kinds
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise StsrError(
                 f"{self.path} cannot be read ({reason}); restore it, or prepare it again with --overwrite"
@@ -79,7 +100,7 @@ class Section:
         StsrError
             If the um per unit cannot be found.
         """
-        own = catalogue.root_attributes(self.path).get(names.FRAME_KEY) or {}
+        own = self.catalogue.attributes.get(names.FRAME_KEY) or {}
         system = self._coordinate_system or own.get("coordinate_system")
         um_per_unit = self._um_per_unit or own.get("um_per_unit")
         if system and um_per_unit:
@@ -87,38 +108,35 @@ class Section:
         return discovery.find_frame(self.sdata, system, um_per_unit)
 
     @property
-    def provenance(self) -> dict[str, dict]:
+    def provenance(self) -> dict[str, dict[str, Any]]:
         """How each element that stsr wrote was made."""
-        return catalogue.provenance(self.path)
+        return self.catalogue.provenance
 
     @property
     def elements(self) -> dict[str, str]:
         """{name: kind} of everything in the store."""
-        return catalogue.elements(self.path)
+        return self.catalogue.elements
 
     @cached_property
     def image(self) -> Image | None:
-        """The H&E: ``he``, or the finest three-channel image that lies in the frame; None if there is none."""
-        name = (
-            names.HE
-            if self.elements.get(names.HE) == "images"
-            else discovery.find_image(self.sdata, self.frame)
-        )
+        """The H&E: ``he``, or the finest three-channel image in the frame; None if there is none."""
+        is_ours = self.elements.get(names.HE) == "images"
+        name = names.HE if is_ours else discovery.find_image(self.sdata, self.frame)
         if name is None:
             return None
-        return Image(self.arrays("images", name), self._to_um(self.sdata.images[name]))
+        return Image(self.arrays("images", name), self.to_um(self.sdata.images[name]))
 
     @cached_property
     def spots(self) -> Spots | None:
-        """The measured spots, or None."""
+        """The measured spots; None if there are none."""
         found = discovery.find_spots(self.sdata)
         if found is None:
             return None
         shapes, table = found
         geometry, rows = discovery.annotated(self.sdata, shapes, table)
-        centres, sizes, shape = discovery.outline(geometry, self._to_um(self.sdata.shapes[shapes]))
+        centres, sizes, shape = discovery.outline(geometry, self.to_um(self.sdata.shapes[shapes]))
         size = float(np.median(sizes)) if len(sizes) else LR_UM
-        if names.FRAME_KEY not in catalogue.root_attributes(self.path):
+        if names.FRAME_KEY not in self.catalogue.attributes:
             size = discovery.true_size(centres, size, shape)
         annotation = self.sdata.tables[table]
         counts, genes = discovery.raw_counts(annotation, rows, self.path.name)
@@ -126,49 +144,54 @@ class Section:
 
     @cached_property
     def hr(self) -> Map | None:
-        """The finest measured counts per bin, ``hr_*um``, or None."""
-        found = catalogue.hr_elements(self.path)
+        """Measured counts in the smallest bins, ``hr_*um``; None if there are none."""
+        found = self.catalogue.hr_elements
         return self.map(found[0]) if found else None
 
     def map(self, element: str) -> Map:
-        """Any (gene, y, x) image of the store, such as ``superres_x10``.
+        """A (gene, y, x) image of the store, such as ``superres_x10``.
 
         Raises
         ------
         UsageError
             If there is no such image.
         StsrError
-            If its bins are not squares along the axes.
+            If its pixels are not squares along the axes of the section.
         """
         if self.elements.get(element) != "images":
             images = [name for name, kind in self.elements.items() if kind == "images"]
             raise UsageError(
                 f"{self.path.name} has no map {element!r}; it has: {', '.join(images) or 'no images'}"
             )
-        _, genes = catalogue.image_metadata(self.path, element)
+        _, genes = self.catalogue.levels_of(element)
         array = self.arrays("images", element)[0]
-        to_um = self._to_um(self.sdata.images[element])
+        to_um = self.to_um(self.sdata.images[element])
         skew = max(abs(to_um[0, 1]), abs(to_um[1, 0]), abs(to_um[0, 0] - to_um[1, 1]))
         if to_um[0, 0] <= 0 or skew > 1e-6 * abs(to_um[0, 0]):
             raise StsrError(
-                f"{element!r} in {self.path.name} is no raster of square bins along the section's axes"
+                f"{element!r} in {self.path.name} is not a raster of square bins along the section's axes; "
+                f"name another map"
             )
         named = names.bin_um_of(element)
         bin_um = named if named and abs(named - to_um[0, 0]) < 1e-3 * named else float(to_um[0, 0])
         genes = genes or [str(number) for number in range(array.shape[0])]
-        return Map(Grid(float(to_um[0, 2]), float(to_um[1, 2]), bin_um, *array.shape[1:]), genes, array)
+        height, width = array.shape[1:]
+        return Map(Grid(float(to_um[0, 2]), float(to_um[1, 2]), bin_um, height, width), genes, array)
 
     def arrays(self, kind: str, element: str) -> list[StoredArray]:
-        """An element's levels as arrays on disk, fine to coarse: dask's graph would cost more than a tile."""
-        levels, _ = catalogue.image_metadata(self.path, element)
+        """Pyramid levels of an element as arrays on disk, fine to coarse.
+
+        They bypass dask: building its graph takes longer than reading a tile.
+        """
+        levels, _ = self.catalogue.levels_of(element)
         return [StoredArray(self.path / kind / element / level) for level in levels]
 
     @cached_property
     def tissue(self) -> Mask | None:
-        """Where tissue is, or None if nobody said."""
+        """The tissue mask; None if there is none."""
         if self.elements.get(names.TISSUE) != "labels":
             return None
-        return Mask(self.arrays("labels", names.TISSUE)[0], self._to_um(self.sdata.labels[names.TISSUE]))
+        return Mask(self.arrays("labels", names.TISSUE)[0], self.to_um(self.sdata.labels[names.TISSUE]))
 
     def support(self, grid: Grid) -> np.ndarray:
         """Where a map may be believed: (height, width) bool.
@@ -190,22 +213,21 @@ class Section:
 
     @cached_property
     def cells(self) -> Cells | None:
-        """The segmented cells with their table if they have one, or None."""
+        """The segmented cells, with their table if they have one; None if there are no cells."""
         found = discovery.find_cells(self.sdata)
         if found is None:
             return None
         shapes, table = found
-        to_um = self._to_um(self.sdata.shapes[shapes])
+        to_um = self.to_um(self.sdata.shapes[shapes])
+        source = f"{shapes} of the store"
         if table is None:
-            geometry, rows, annotation = self.sdata.shapes[shapes], None, None
-        else:
-            geometry, rows = discovery.annotated(self.sdata, shapes, table)
-            annotation = self.sdata.tables[table][rows]
-        return Cells(discovery.in_um(geometry, to_um), annotation)
+            return Cells(discovery.in_um(self.sdata.shapes[shapes], to_um), None, source, shapes)
+        geometry, rows = discovery.annotated(self.sdata, shapes, table)
+        return Cells(discovery.in_um(geometry, to_um), self.sdata.tables[table][rows], source, shapes)
 
     @property
     def extent_um(self) -> tuple[float, float, float, float]:
-        """(x0, y0, x1, y1) of the measured area, um: of the bins, else of the spots, else of the image.
+        """(x0, y0, x1, y1) of the measured area, um: of the bins, else the spots, else the image.
 
         Raises
         ------
@@ -241,8 +263,8 @@ class Section:
         around = max(0.0, (min(self.spots.pitch_um, 2 * LR_UM) - self.spots.size_um) / 2)
         return Grid.covering((x0 - around, y0 - around, x1 + around, y1 + around), bin_um)
 
-    def describe(self) -> dict:
-        """What `stsr info` prints, JSON-able; parts that the section lacks are None."""
+    def describe(self) -> dict[str, Any]:
+        """Summarise the section as plain JSON types, as `stsr info` prints it; missing parts are None."""
         extent = [round(value, 3) for value in self.extent_um]
         return {
             "path": str(self.path),
@@ -261,7 +283,7 @@ class Section:
 
     @cached_property
     def image_overlap(self) -> float | None:
-        """Part (0..1) of the spots, or of the measured area where there are none, that lies in the image."""
+        """Fraction of the spots, or of the measured area if there are no spots, that lies within the image."""
         if self.image is None or (self.spots is None and self.hr is None):
             return None
         if self.spots is not None:
@@ -270,7 +292,7 @@ class Section:
             inside = self.image.covered(self.grid(LR_UM))
         return float(np.mean(inside)) if inside.size else 0.0
 
-    def _describe_image(self) -> dict | None:
+    def _describe_image(self) -> dict[str, Any] | None:
         if self.image is None:
             return None
         return {
@@ -280,5 +302,6 @@ class Section:
             "bounds_um": list(self.image.bounds_um),
         }
 
-    def _to_um(self, element) -> np.ndarray:
+    def to_um(self, element: Any) -> np.ndarray:
+        """Affine (3, 3) from the own coordinates (x, y, 1) of a SpatialData element to um."""
         return discovery.affine(element, self.frame.name, self.frame.um_per_unit)

@@ -322,7 +322,7 @@ def test_bad_input(here, options, code, word):
 def test_a_section_without_a_map(here, monkeypatch):
     with pytest.raises(StsrError, match="no section at"):
         celltype("nowhere.zarr", markers="markers.json")
-    monkeypatch.setattr(catalogue, "superres_elements", lambda path: [])
+    monkeypatch.setattr(catalogue.Catalogue, "superres_elements", [])
     with pytest.raises(StsrError, match="stsr superres"):
         celltype("s.zarr", markers="markers.json")
 

@@ -134,9 +134,9 @@ def test_pyramid_levels_lie_on_each_other(section):
 
 
 def test_cells_and_their_counts_belong_together(section, tissue):
-    assert len(section.cells.geometry) == len(tissue.cells)
-    assert list(section.cells.geometry.index) == list(section.cells.table.obs_names)
-    centres = np.stack([section.cells.table.obsm["spatial"]])[0]
+    assert len(section.cells.outlines) == len(tissue.cells)
+    assert list(section.cells.outlines.index) == list(section.cells.counts.obs_names)
+    centres = np.stack([section.cells.counts.obsm["spatial"]])[0]
     assert np.allclose(centres, section.cells.centres_um)
 
 
@@ -151,7 +151,7 @@ def test_bins_genes_and_quality_are_options(folder, tissue, tmp_path):
     assert section.hr.grid.bin_um == 20 and set(section.hr.genes) == {"LUM", "GATA3"}
     names = np.array(tissue.features)[tissue.transcripts.feature]
     assert section.hr.read(["LUM"]).sum() == (names == "LUM").sum()
-    assert catalogue.hr_elements(section.path) == ["hr_20um"]
+    assert section.catalogue.hr_elements == ["hr_20um"]
 
 
 def test_default_output_is_the_folders_name_here(folder, tmp_path, monkeypatch):
@@ -229,7 +229,7 @@ def test_stores_of_spatialdata_io_are_prepared(folder, section, tissue, tmp_path
     made = open_section(prepare(tmp_path / "x.zarr", tmp_path / "made.zarr"))
     assert np.array_equal(made.hr.read(section.hr.genes), section.hr.read())
     assert np.allclose(made.image.px_to_um, section.image.px_to_um)
-    assert len(made.cells.geometry) == len(tissue.cells)
+    assert len(made.cells.outlines) == len(tissue.cells)
 
     run = write_visium(tissue, tmp_path / "run", image_um_per_px=1.0)
     read = spatialdata_io.visium(run, dataset_id="a", fullres_image_file="he_fullres.tif")

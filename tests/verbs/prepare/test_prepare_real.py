@@ -46,7 +46,7 @@ def test_xenium_totals_are_those_of_the_matrix(real_data, sections, name):
     assert told == []
     assert section.hr.genes == genes
     assert np.array_equal(section.hr.read().sum((1, 2)), totals)
-    assert np.array_equal(np.asarray(section.cells.table.X.sum(0)).ravel(), totals)
+    assert np.array_equal(np.asarray(section.cells.counts.X.sum(0)).ravel(), totals)
     assert section.provenance["he"]["overlap"] > 0.99
 
 
@@ -100,7 +100,7 @@ def test_instrument_files_that_do_not_join_end_in_a_clear_result(sections):
     assert len(section.hr.genes) == 428 and not any(
         gene.startswith("NegControl") for gene in section.hr.genes
     )
-    assert section.image is None and section.cells.table is None
+    assert section.image is None and section.cells.counts is None
     words = " ".join(told)
     assert all(part in words for part in ("other genes", "no H&E", "discs", "0 of 10000 cells", "too few"))
 
@@ -142,7 +142,7 @@ def test_anndata_keeps_all_counts_and_lies_on_its_image(sections, real_data):
     section, told = sections("section_h5ad")
     table = anndata.read_h5ad(real_data / "breast" / "section_h5ad" / "cells.h5ad")
     assert np.array_equal(section.hr.read().sum((1, 2)), np.asarray(table.X.sum(0)).ravel())
-    assert len(section.cells.geometry) == table.n_obs
+    assert len(section.cells.outlines) == table.n_obs
     assert section.image.um_per_px == pytest.approx(10.8, rel=0.01)
     assert section.provenance["he"]["staining_follows_counts"] > 0.4
     assert any("no transcripts" in sentence for sentence in told)

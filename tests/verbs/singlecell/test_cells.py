@@ -22,6 +22,7 @@ from stsr.store.section import open_section
 from stsr.verbs.prepare.verb import prepare
 from stsr.verbs.singlecell import areas as cells
 from stsr.verbs.singlecell import nuclei, segmentation
+from stsr.verbs.singlecell import scores as scoring
 
 GRID = Grid(100.0, 50.0, 10.0, 4, 5)
 
@@ -128,7 +129,7 @@ def test_spots_give_each_cell_their_count_per_area():
         np.array([[50.0, 50], [150, 50]]), _sparse([[100.0, 0], [300, 50]]), ["A", "B"], "square", 100.0
     )
     part = cells.shares(np.array([shapely.box(10, 10, 20, 30), shapely.box(95, 0, 105, 10)]), grid)
-    found = cells.spot_values(spots, grid, part, ["B", "A"])
+    found = scoring.spot_values(spots, grid, part, ["B", "A"])
     assert found == pytest.approx(np.array([[0, 2.0], [0.25, 2.0]]))
 
 
@@ -138,7 +139,7 @@ def test_bilinear_interpolation_is_straight_between_spots_and_level_at_the_rim()
     centres = np.column_stack([x.ravel(), y.ravel()])
     spots = Spots(centres, _sparse(centres[:, :1]), ["A"], "square", 100.0)
     squares = shapely.box([100, 200, 0], [40, 90, 0], [110, 210, 10], [50, 100, 10])
-    found = cells.bilinear_values(spots, grid, cells.shares(squares, grid), ["A"])
+    found = scoring.bilinear_values(spots, grid, cells.shares(squares, grid), ["A"])
     assert found.ravel() == pytest.approx([1.05, 2.05, 0.5])
 
 
@@ -146,7 +147,7 @@ def test_scores_are_of_genes_over_cells_and_of_cells_over_genes():
     rng = np.random.default_rng(0)
     truth, found = rng.poisson(3, (30, 4)).astype(float), rng.gamma(2, 1, (30, 4))
     truth[:, 3] = 0
-    scores = cells.scores({"map": found}, truth, [f"c{n}" for n in range(30)], list("ABCD"))
+    scores = scoring.scores({"map": found}, truth, [f"c{n}" for n in range(30)], list("ABCD"))
     gene, cell = (scores[scores["of"] == of].set_index("name") for of in ("gene", "cell"))
     assert gene.loc["B", "pcc_map"] == pytest.approx(stats.pearsonr(found[:, 1], truth[:, 1])[0])
     assert cell.loc["c7", "pcc_map"] == pytest.approx(stats.pearsonr(found[7], truth[7])[0])
@@ -204,7 +205,7 @@ def section(tissue, tmp_path_factory):
 
 def _polygons(section):
     found = segmentation.stored(section)
-    return found.ids, found.outlines
+    return found.ids, found.polygons
 
 
 def _feature(name, outline, kind):
@@ -255,7 +256,7 @@ def test_the_same_cells_from_every_format(section, tmp_path, name):
     found = segmentation.imported(path, section, section.extent_um)
     order = [found.ids.tolist().index(name) for name in ids]
     assert found.element is None and len(found.ids) == len(ids)
-    overlap = shapely.area(shapely.intersection(found.outlines[order], polygons))
+    overlap = shapely.area(shapely.intersection(found.polygons[order], polygons))
     assert overlap == pytest.approx(shapely.area(polygons), rel=1e-3)
 
 
@@ -274,7 +275,7 @@ def test_label_images_lie_on_the_image(section, tmp_path, name):
         zarr.create_array(tmp_path / name, data=labels)
     found = segmentation.imported(tmp_path / name, section, section.extent_um)
     assert found.ids.tolist() == [3, 8]
-    assert shapely.area(found.outlines) == pytest.approx(np.array([300, 400]) * image.um_per_px**2)
+    assert shapely.area(found.polygons) == pytest.approx(np.array([300, 400]) * image.um_per_px**2)
     place = image.px_to_um @ [37.5, 50, 1]
     assert found.centres_um[0] == pytest.approx(place[:2])
 
@@ -285,8 +286,8 @@ def test_circles_keep_their_area_and_bow_ties_are_mended(section):
     circles = gpd.GeoDataFrame({"radius": [4.0, 6.0]}, geometry=shapely.points([0, 20], [0, 20]))
     assert shapely.area(outlines.areas(circles)) == pytest.approx(np.pi * np.array([16, 36]))
     bow = shapely.Polygon([(0, 0), (10, 10), (10, 0), (0, 10)])
-    mended = segmentation._checked(segmentation.Segmentation(np.array(["a"]), np.array([bow]), ""), "")
-    assert shapely.area(mended.outlines) == pytest.approx([50]) and shapely.is_valid(mended.outlines).all()
+    mended = segmentation._checked(np.array(["a"]), np.array([bow]), "")
+    assert shapely.area(mended.polygons) == pytest.approx([50]) and shapely.is_valid(mended.polygons).all()
 
 
 def test_wrong_units_are_noticed(section, tmp_path):
@@ -320,7 +321,7 @@ def test_nuclei_are_found_where_they_are(histology, tissue):
     wrong, _ = cKDTree(true).query(found.centres_um)
     assert (missed < 4).mean() > 0.9 and (wrong < 4).mean() > 0.95
     true_um2 = shapely.area(shapely.polygons(tissue.cells.nucleus_um))
-    assert np.median(shapely.area(found.outlines)) == pytest.approx(
+    assert np.median(shapely.area(found.polygons)) == pytest.approx(
         np.median(true_um2), rel=0.5
     )  # a pixel more
 
@@ -330,28 +331,28 @@ def test_tiles_leave_no_seam(histology, monkeypatch):
     monkeypatch.setattr(nuclei, "_TILE_UM", 110.0)
     tiled = _nuclei(histology, 5.0)
     assert abs(len(tiled.ids) - len(whole.ids)) <= 0.02 * len(whole.ids)
-    claimed = shapely.area(tiled.outlines).sum() / shapely.area(shapely.union_all(tiled.outlines))
+    claimed = shapely.area(tiled.polygons).sum() / shapely.area(shapely.union_all(tiled.polygons))
     assert claimed < 1.01  # cells of two tiles do not lie on each other
 
 
 def test_expansion_reaches_so_far_and_not_into_neighbours(histology):
     plain, grown = _nuclei(histology), _nuclei(histology, 5.0)
     assert len(plain.ids) == len(grown.ids)
-    reach = shapely.hausdorff_distance(plain.outlines, grown.outlines)
-    assert np.quantile(reach, 0.99) < 8 and np.median(shapely.area(grown.outlines)) > 2 * np.median(
-        shapely.area(plain.outlines)
+    reach = shapely.hausdorff_distance(plain.polygons, grown.polygons)
+    assert np.quantile(reach, 0.99) < 8 and np.median(shapely.area(grown.polygons)) > 2 * np.median(
+        shapely.area(plain.polygons)
     )
-    assert shapely.area(shapely.union_all(grown.outlines)) == pytest.approx(
-        shapely.area(grown.outlines).sum()
+    assert shapely.area(shapely.union_all(grown.polygons)) == pytest.approx(
+        shapely.area(grown.polygons).sum()
     )
 
 
 def test_images_without_nuclei_are_refused(tissue):
     white = Image([np.full((3, 200, 200), 250, np.uint8)], np.eye(3))
-    with pytest.raises(StsrError, match="no nucleus was found"):
+    with pytest.raises(StsrError, match="no nuclei were found"):
         _nuclei(white, size=(200, 200))
     coarse = Image([np.zeros((3, 20, 20), np.uint8)], np.diag([10.8, 10.8, 1]))
-    with pytest.raises(StsrError, match=r"10\.8 um and nuclei need 2\.5 um"):
+    with pytest.raises(StsrError, match=r"10\.8 um, but nuclei need 2\.5 um"):
         _nuclei(coarse)
     with pytest.raises(UsageError, match="--expand-um"):
         _nuclei(white, 21.0)

@@ -15,8 +15,8 @@ from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid
 from stsr.simulate import simulate_tissue, write_xenium
 from stsr.store import publishing
-from stsr.store.elements import affine
-from stsr.store.section import open_section
+from stsr.store.elements import placed
+from stsr.store.section import Section, open_section
 from stsr.store.writer import MapWriter
 from stsr.verbs.prepare.verb import prepare
 from stsr.verbs.singlecell.figure import cells_figure
@@ -134,6 +134,26 @@ def test_cells_off_the_map_are_left_out_and_not_called_empty(store):
     assert (found.X.sum(1) > 0).all()
 
 
+def test_cells_outside_the_support_of_a_prediction_are_told(store, monkeypatch):
+    section = open_section(store)
+    grid, origin = section.hr.grid, {"predicted": "predicted", "told": "measured"}
+    for name in origin:
+        with MapWriter(store, [name], GENES, grid, {name: {"origin": origin[name]}}) as writer:
+            writer.write(name, *(slice(0, size) for size in writer.shape), np.ones(writer.shape))
+    monkeypatch.setattr(Section, "support", lambda _, grid: np.indices(grid.shape)[1] < 10)
+    predicted = singlecell(store, source="predicted", name="a")
+    x0, _, x1, _ = section.sdata.shapes["cells"].bounds.to_numpy().T
+    edge = grid.x0_um + 100
+    right, cut, left = x0 >= edge, (x0 < edge) & (edge < x1), (x0 > grid.x0_um) & (x1 <= edge)
+    outside = table(store, "a").obs["outside_map"].to_numpy()
+    assert right.any() and (outside[right] == 1).all() and left.any() and (outside[left] < 1e-9).all()
+    assert cut.any() and outside[cut].min() > 0 and outside[cut].max() < 1
+    note = next(note for note in predicted.notes if "outside the support" in note)
+    assert note.startswith(f"{right.sum()} cells")
+    measured = singlecell(store, source="told", name="b")
+    assert measured.notes == [] and table(store, "b").obs["outside_map"].max() < 1
+
+
 # --------------------------------------------------------------------------------------------------- kinds of cells
 
 
@@ -160,7 +180,7 @@ def test_labels_of_the_store_are_annotated_themselves(store):
     labels = np.zeros((32, 33), np.int32)
     labels[2:4, 2:5], labels[10:12, 10:12] = 5, 2
     grid = Grid(*open_section(store).hr.grid.bounds_um[:2], 10, 32, 33)
-    element = Labels2DModel.parse(labels, dims=("y", "x"), transformations=affine(grid.bin_to_um))
+    element = Labels2DModel.parse(labels, dims=("y", "x"), transformations=placed(grid.bin_to_um))
     publishing.publish(store, {"painted": element}, {})
     made = singlecell(store, cells="painted")
     found, values = table(store), open_section(store).map("superres_x10").read()
@@ -274,7 +294,7 @@ def contents(folder):
         (["--cells", "cells", "--segment"], 2, "exclude each other"),
         (["--segmentation", "nowhere.geojson"], 1, "check --segmentation"),
         (["--segmentation", "broken.geojson"], 1, "broken.geojson is damaged"),
-        (["--segmentation", "empty.geojson"], 1, "no outline of a cell"),
+        (["--segmentation", "empty.geojson"], 1, "contains no cell outlines"),
         (["--segmentation", "columns.csv"], 1, "'vertex_x'"),
         (["--segmentation", "cut.parquet"], 1, "cut.parquet is damaged"),
         (["--segmentation", "cells.doc"], 2, "give .geojson"),
@@ -284,7 +304,7 @@ def contents(folder):
         (["--segment", "--scores", "s.csv"], 2, "no measured counts"),
         (["--score-region", "0,0,1"], 2, "--score-region is"),
         (["--score-region", "9000,9000,9001,9001"], 2, "--score-region"),
-        (["--scores", "nowhere/s.csv"], 2, "--scores another place"),
+        (["--scores", "nowhere/s.csv"], 2, "another path for --scores"),
         (["--name", "cells"], 2, "kept for measured data"),
         (["--name", "superres_x10"], 2, "--overwrite"),
     ],

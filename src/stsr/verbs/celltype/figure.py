@@ -109,7 +109,7 @@ def _cells(section, element: str):
     table = section.sdata.tables[element]
     region = table.uns["spatialdata_attrs"]["region"]
     shapes, rows = annotated(section.sdata, region, element)
-    outlines = in_um(shapes, section._to_um(section.sdata.shapes[region]))
+    outlines = in_um(shapes, section.to_um(section.sdata.shapes[region]))
     table = table[rows]
     numbers, colours = _tally(table)
     face = np.array(list(colours.values()))[table.obs["celltype"].cat.codes]

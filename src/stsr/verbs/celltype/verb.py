@@ -202,7 +202,7 @@ def _check(markers, reference, label_key, per, min_probability, min_counts, draw
 def _places(section: Section, source: str | None, per: str) -> Bins | Cells:
     if per == "cell":
         return Cells(section, source or newest_cells(section))
-    places = Bins(section, source or catalogue.newest_superres(section.path))
+    places = Bins(section, source or section.catalogue.newest_superres())
     if not len(places):
         raise StsrError(
             f"{places.element!r} in {section.path.name} has no bin in tissue; prepare the section again"

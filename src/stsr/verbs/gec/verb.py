@@ -188,7 +188,7 @@ def _check_wishes(per, bin_um, top, truth, beside, denoise_truth) -> None:
 def _places(section: Section, source, per: str, bin_um, region) -> BinPlaces | CellPlaces:
     if per == "cell":
         return cells_of(section, source or newest_cells(section), region)
-    return bins_of(section, source or catalogue.newest_superres(section.path), bin_um, region)
+    return bins_of(section, source or section.catalogue.newest_superres(), bin_um, region)
 
 
 def _bin_um(places) -> float | None:
@@ -223,7 +223,7 @@ def _others(section: Section, places, truth: str | None, beside) -> list:
 def _interpolated(section: Section, places: BinPlaces) -> list[str]:
     """Maps by interpolation that can stand beside: they nest in the bins and cover them."""
     found = []
-    for name in catalogue.superres_elements(section.path):
+    for name in section.catalogue.superres_elements:
         if section.provenance.get(name, {}).get("method") in _BASELINES and name != places.name:
             try:
                 BinPlaces(name, section.map(name), places.grid, places.number)

@@ -1,13 +1,14 @@
-"""Figures of cells: the H&E, and every cell in the colour of its counts, inferred beside measured.
+"""Figures of cells: the H&E, and each cell coloured by its density of counts, inferred beside measured.
 
-Counts of a cell are drawn as a density, counts per 100 um^2, as maps and spots are in `stsr.figures`: else
-large cells would shine for being large.
+Counts of a cell are drawn per 100 µm², as maps and spots are in `stsr.figures`; otherwise large cells would stand out
+for their size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
@@ -15,35 +16,44 @@ import shapely
 from stsr import figures
 from stsr.errors import UsageError
 from stsr.geometry.grid import Grid
+from stsr.store.parts import Cells
+from stsr.store.section import Section
 from stsr.verbs.singlecell import segmentation
+from stsr.verbs.singlecell.scores import measured_counts
 
-_GENES = 3  # drawn by default, the most counted ones
-_UNIT_UM2 = 100.0
-_LEAST_DENSITY = 0.2  # top of a scale: an absent gene stays dark
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+
+_GENES = 3  # drawn by default: those with the most counts
+_MIN_DENSITY = 0.2  # smallest top of a scale: a gene that is not expressed stays dark
 _MAX_PX = 1200  # of the H&E, along a side
-_RIMS_UM = 700.0  # a wider view shows so many cells that rims would hide them
+_RIMS_UM = 700.0  # in wider views, outlines would hide the many small cells
+
+Region = tuple[float, float, float, float]
 
 
 def cells_figure(
-    section,
+    section: Section,
     element: str,
     genes: Sequence[str] | None,
     path: str | Path,
     *,
-    region_um: tuple[float, float, float, float] | None = None,
+    region_um: Region | None = None,
 ) -> Path:
-    """Draw the H&E, cells coloured by a gene, and measured beside inferred where there is both; a row for each gene.
+    """Draw the H&E, inferred counts of cells, and measured ones if there are any; one row per gene.
 
     Parameters
     ----------
     section
-        A `stsr.store.section.Section`.
+        The section.
     element
-        A table by `stsr.singlecell`.
+        A table written by `stsr.singlecell`.
     genes
-        One row each; the three most counted by default.
+        One row each; by default the three with the most counts.
     path
-        The figure; its suffix gives the format.
+        Output file; its suffix sets the format.
     region_um
         (x0, y0, x1, y1) to draw; all cells by default.
 
@@ -55,34 +65,30 @@ def cells_figure(
     Raises
     ------
     UsageError
-        If a gene is not in the table, no cell lies in the region, or the format is unknown.
+        If a gene is not in the table, no cell lies in the region, or the format is not supported.
     """
-    from matplotlib import rc_context
-
     path = figures.check_path(path)
     table, cells = section.sdata.tables[element], segmentation.of_table(section, element)
-    view = _view(cells.outlines, region_um)
-    shown = shapely.intersects(cells.outlines, shapely.box(*view.bounds_um))
+    view = _view(cells.polygons, region_um)
+    shown = shapely.intersects(cells.polygons, shapely.box(*view.bounds_um))
     if not shown.any():
         raise UsageError("no cell lies in --figure-region; choose another area")
     columns = _columns(section, element, cells)
     picture = None if section.image is None else np.moveaxis(section.image.read(view), 0, -1)
+    titles = [*columns] if picture is None else ["H&E", *columns]
     genes = _genes(table, genes)
-    with rc_context({"font.size": 8, "svg.fonttype": "none", "pdf.fonttype": 42}):
-        panels = [None, *columns] if picture is not None else list(columns)
-        figure, axes = figures.canvas(len(genes), panels, view)
+    with figures.style():
+        figure, axes = figures.canvas(len(genes), len(titles), view)
         for row, gene in zip(axes, genes, strict=True):
-            densities = {title: density(gene)[shown] for title, density in columns.items()}
-            _draw_row(row, gene, cells.outlines[shown], densities, picture, view)
-        for axis, title in zip(axes[0], ["H&E", *columns][-len(panels) :], strict=True):
+            densities = [density(gene)[shown] for density in columns.values()]
+            _draw_row(row, gene, cells.polygons[shown], densities, picture, view)
+        for axis, title in zip(axes[0], titles, strict=True):
             axis.set_title(title, fontsize=9)
-        figure.suptitle(f"{section.name}: {element}", fontsize=9, color="0.3")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=figures.DPI, bbox_inches="tight", facecolor="white")
+        figures.save(figure, path, f"{section.name}: {element}")
     return path
 
 
-def _genes(table, asked: Sequence[str] | None) -> list[str]:
+def _genes(table: AnnData, asked: Sequence[str] | None) -> list[str]:
     if asked is None:
         totals = np.asarray(table.X.sum(0)).ravel()
         return [str(table.var_names[number]) for number in totals.argsort()[::-1][:_GENES]]
@@ -92,82 +98,77 @@ def _genes(table, asked: Sequence[str] | None) -> list[str]:
     return list(asked)
 
 
-def _view(outlines: np.ndarray, region_um) -> Grid:
-    """The pixels that the H&E is drawn in, over the region or all cells."""
-    x0, y0, x1, y1 = region_um or shapely.total_bounds(outlines)
+def _view(polygons: np.ndarray, region_um: Region | None) -> Grid:
+    """The pixels of the H&E panel, over the region or all cells."""
+    x0, y0, x1, y1 = region_um or shapely.total_bounds(polygons)
     step = max(x1 - x0, y1 - y0) / _MAX_PX
     return Grid(x0, y0, step, max(1, round((y1 - y0) / step)), max(1, round((x1 - x0) / step)))
 
 
-def _columns(section, element: str, cells) -> dict:
-    """{title: gene -> density (n,)}, nan for cells in which the gene was not measured."""
+def _columns(section: Section, element: str, cells: Cells) -> dict[str, Callable[[str], np.ndarray]]:
+    """{title: gene -> density (n,)}, NaN for cells in which the gene was not measured."""
     table = section.sdata.tables[element]
-    units = shapely.area(cells.outlines) / _UNIT_UM2
+    units = shapely.area(cells.polygons) / figures.UNIT_UM2
 
     def inferred(gene: str) -> np.ndarray:
         return table.to_df()[gene].to_numpy() / units
 
-    title = f"cells of {section.provenance.get(element, {}).get('from', element)}"
-    measured = segmentation.measured_counts(section, cells)
+    title = f"cells from {section.provenance.get(element, {}).get('from', element)}"
+    measured = measured_counts(section, cells)
     if measured is None:
         return {title: inferred}
-    counts, genes, rows = measured
 
     def counted(gene: str) -> np.ndarray:
         density = np.full(len(units), np.nan)
-        if gene in genes:
-            density[rows] = counts[:, [genes.index(gene)]].toarray().ravel() / units[rows]
+        if gene in measured.genes:
+            counts = measured.counts[:, [measured.genes.index(gene)]].toarray().ravel()
+            density[measured.rows] = counts / units[measured.rows]
         return density
 
     return {title: inferred, "cells as measured": counted}
 
 
-def _draw_row(axes, gene: str, outlines: np.ndarray, densities: dict, picture, view: Grid) -> None:
+def _draw_row(
+    axes: np.ndarray,
+    gene: str,
+    polygons: np.ndarray,
+    densities: Sequence[np.ndarray],
+    picture: np.ndarray | None,
+    view: Grid,
+) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    known = [density[np.isfinite(density)] for density in densities.values()]
-    # As in maps: single counts in small measured cells are spikes, and would leave expectations in the dark.
-    scale = Normalize(0, figures.scale_top(known[:1], _LEAST_DENSITY))
+    # Inferred densities set the scale: single counts in small measured cells are outliers, and would leave it dark.
+    inferred = densities[0][np.isfinite(densities[0])]
+    scale = Normalize(0, figures.scale_top([inferred], _MIN_DENSITY))
     if picture is not None:
-        _frame(axes[0], picture, view)
-    for axis, density in zip(axes[-len(densities) :], densities.values(), strict=True):
-        _frame(axis, None if picture is None else picture // 2 + 127, view)  # paler, so that cells stand out
-        _colour(axis, outlines, density, scale, view)
+        _background(axes[0], picture, view)
+    for axis, density in zip(axes[-len(densities) :], densities, strict=True):
+        _background(axis, None if picture is None else picture // 2 + 127, view)  # paler, behind the cells
+        _draw_cells(axis, polygons, density, scale, view)
     axes[0].set_ylabel(gene, fontstyle="italic", fontsize=11)
     figures.scale_bar(axes[0], view)
-    coloured = ScalarMappable(scale, figures.COLOURS)
-    bar = axes[0].figure.colorbar(coloured, ax=axes[-1], shrink=0.85, pad=0.03, extend="max")
-    bar.set_label(figures.UNIT)
-    bar.outline.set_visible(False)
+    figures.colour_bar(axes[-1], ScalarMappable(scale, figures.COLOURS))
 
 
-def _frame(axis, picture, view: Grid) -> None:
+def _background(axis: Axes, picture: np.ndarray | None, view: Grid) -> None:
     if picture is None:
         axis.set_facecolor(figures.OUTSIDE)
     else:
         axis.imshow(picture, extent=figures.extent(view), interpolation="antialiased")
-    x0, y0, x1, y1 = view.bounds_um
-    axis.set(xlim=(x0, x1), ylim=(y1, y0), xticks=[], yticks=[], aspect="equal")
-    for side in axis.spines.values():
-        side.set_visible(False)
+    figures.frame(axis, view)
 
 
-def _colour(axis, outlines: np.ndarray, density: np.ndarray, scale, view: Grid) -> None:
-    """Cells in the colours of their densities; cells of several parts as their parts, unknown ones left out."""
+def _draw_cells(axis: Axes, polygons: np.ndarray, density: np.ndarray, scale: Normalize, view: Grid) -> None:
+    """Colour cells by density; cells with NaN are left out."""
     from matplotlib.collections import PolyCollection
 
-    parts, cell = shapely.get_parts(outlines, return_index=True)
-    seen = np.isfinite(density[cell])
-    parts, cell = parts[seen], cell[seen]
-    corners, part = shapely.get_coordinates(shapely.get_exterior_ring(parts), return_index=True)
-    rings = np.split(corners, np.flatnonzero(np.diff(part)) + 1) if len(parts) else []
-    rims = (
-        {"edgecolor": "black", "linewidth": 0.25}
-        if view.width * view.bin_um <= _RIMS_UM
-        else {"linewidth": 0}
-    )
+    known = np.isfinite(density)
+    rings, cell = figures.rings_of(polygons[known])
+    narrow = view.width * view.bin_um <= _RIMS_UM
+    rims: dict[str, Any] = {"edgecolor": "black", "linewidth": 0.25} if narrow else {"linewidth": 0}
     drawn = PolyCollection(
-        rings, array=density[cell], cmap=figures.COLOURS, norm=scale, rasterized=True, **rims
+        rings, array=density[known][cell], cmap=figures.COLOURS, norm=scale, rasterized=True, **rims
     )
     axis.add_collection(drawn, autolim=False)

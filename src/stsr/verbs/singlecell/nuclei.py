@@ -1,8 +1,6 @@
-"""Nuclei on the H&E: hematoxylin by colour deconvolution, threshold, watershed; no learned weights."""
+"""Segment nuclei on the H&E by colour deconvolution, a threshold and a watershed; no learned weights."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 from scipy import ndimage
@@ -12,47 +10,48 @@ from stsr.geometry.grid import Grid
 from stsr.geometry.outlines import traced
 from stsr.histology.image import Image
 from stsr.histology.tissue import darkness
-from stsr.verbs.singlecell.segmentation import Segmentation
+from stsr.progress import Progress
+from stsr.store.parts import Cells
 
 COARSEST_UM_PER_PX = 2.5
-"""Where a nucleus is three pixels wide; coarser images are refused."""
+"""At this pixel size a nucleus is three pixels wide; coarser images are refused."""
 DOUBTFUL_UM_PER_PX = 1.0
-"""Coarser images lose many nuclei; see docs/singlecell.md."""
+"""On coarser images many nuclei are missed or merged; see docs/singlecell.md."""
 
-_FINEST_UM_PER_PX = (
-    0.5  # finer images are averaged to this: outlines hardly change, time falls with the square
-)
+_FINEST_UM_PER_PX = 0.5  # finer images are averaged to this: outlines hardly change, and it is much faster
 _TILE_UM = 500.0
-_MARGIN_UM = 40.0  # beyond a tile, so that its nuclei are seen whole
-_THRESHOLD_TILES = 25  # that one threshold for the whole section is taken from
-_GLASS = 0.05  # optical density: paler is no tissue, and would make tissue and glass Otsu's two classes
+_MARGIN_UM = 40.0  # around a tile, so that nuclei at its edge are complete
+_THRESHOLD_TILES = 25  # sampled for the threshold of the whole section
+_GLASS = (
+    0.05  # optical density: paler pixels are background, and would make background one of Otsu's two classes
+)
 _SMOOTH_UM = 1.0
-_SURROUNDINGS_UM = 25.0  # a nucleus is darker than this around it, however thick the section is there
+_SURROUNDINGS_UM = 25.0  # sigma: a nucleus is darker than its surroundings, whatever the section's thickness
 _SEED_DISTANCE_UM = 2.5
-_LEAST_UM2 = 12.0  # a disc of 4 um: smaller than any nucleus
-_WIDEST_EXPANSION_UM = 20.0
+_MIN_NUCLEUS_UM2 = 12.0  # a disc of 4 um: smaller than any nucleus
+_MAX_EXPANSION_UM = 20.0
 
 
 def find_nuclei(
     image: Image,
     bounds_um: tuple[float, float, float, float],
     expand_um: float,
-    progress: Callable[[float, float, str], None],
-) -> Segmentation:
-    """Cells as nuclei grown by ``expand_um``, but not into each other.
+    progress: Progress,
+) -> Cells:
+    """Segment nuclei and expand each by ``expand_um``, without overlap.
 
-    Hematoxylin after Ruifrok and Johnston (2001), with the stain vectors of `skimage.color.rgb2hed`; nuclei have
-    more of it than Otsu's threshold of the section and are darker than their surroundings; touching ones are parted
-    by a watershed on the distance to their rim.
+    The hematoxylin stain is separated by colour deconvolution (Ruifrok and Johnston 2001, with the stain vectors of
+    `skimage.color.rgb2hed`). Nuclei are pixels above Otsu's threshold of the section that are also darker than their
+    surroundings. Touching nuclei are split by a watershed on the distance to their boundary.
 
     Parameters
     ----------
     image
         The H&E.
     bounds_um
-        (x0, y0, x1, y1), where to look.
+        (x0, y0, x1, y1) of the area to segment.
     expand_um
-        How far a cell reaches beyond its nucleus.
+        How far a cell extends beyond its nucleus.
     progress
         Called with (done, total, label).
 
@@ -61,13 +60,13 @@ def find_nuclei(
     UsageError
         If ``expand_um`` is not within 0..20.
     StsrError
-        If the image is too coarse or no nucleus is found.
+        If the image is too coarse or no nuclei are found.
     """
-    if not 0 <= expand_um <= _WIDEST_EXPANSION_UM:
-        raise UsageError(f"--expand-um is a distance of 0 to {_WIDEST_EXPANSION_UM:g} um, not {expand_um:g}")
+    if not 0 <= expand_um <= _MAX_EXPANSION_UM:
+        raise UsageError(f"--expand-um must be 0 to {_MAX_EXPANSION_UM:g} um, not {expand_um:g}")
     if image.um_per_px > COARSEST_UM_PER_PX * (1 + 1e-3):
         raise StsrError(
-            f"the H&E has pixels of {image.um_per_px:.3g} um and nuclei need {COARSEST_UM_PER_PX:g} um or finer; "
+            f"the H&E has pixels of {image.um_per_px:.3g} um, but nuclei need {COARSEST_UM_PER_PX:g} um or finer; "
             f"prepare the section with a finer image, or import cells with --segmentation FILE"
         )
     px = max(image.um_per_px, _FINEST_UM_PER_PX)
@@ -78,12 +77,12 @@ def find_nuclei(
     found = []
     for number, tile in enumerate(tiles):
         found.append(_in_tile(image, whole, *tile, threshold, expand_um))
-        progress(number + 1, len(tiles), "finding nuclei")
+        progress(number + 1, len(tiles), "segmenting nuclei")
     outlines = np.concatenate(found)
     if not len(outlines):
-        raise StsrError("no nucleus was found on the H&E; import cells with --segmentation FILE")
+        raise StsrError("no nuclei were found on the H&E; import cells with --segmentation FILE")
     names = np.array([f"nucleus-{number}" for number in range(1, len(outlines) + 1)])
-    return Segmentation(names, outlines, f"nuclei of the H&E, grown by {expand_um:g} um")
+    return Cells.of_polygons(names, outlines, f"nuclei of the H&E, grown by {expand_um:g} um")
 
 
 def _tiles(whole: Grid) -> list[tuple[slice, slice]]:
@@ -96,7 +95,7 @@ def _tiles(whole: Grid) -> list[tuple[slice, slice]]:
 
 
 def _hematoxylin(rgb: np.ndarray, px_um: float) -> np.ndarray:
-    """Smoothed stain (h, w) float32 of an image (3, h, w)."""
+    """Smoothed hematoxylin stain (h, w) float32 of an image (3, h, w)."""
     from skimage.color import rgb2hed
 
     return _smooth(rgb2hed(np.moveaxis(rgb, 0, -1))[..., 0].astype(np.float32), px_um)
@@ -107,7 +106,7 @@ def _smooth(values: np.ndarray, px_um: float, by_um: float = _SMOOTH_UM) -> np.n
 
 
 def _threshold(image: Image, whole: Grid, tiles: list[tuple[slice, slice]]) -> float:
-    """One for the section, from the stained pixels of tiles spread over it."""
+    """Otsu's threshold for the section, from the stained pixels of tiles spread over it."""
     from skimage.filters import threshold_otsu
 
     stains = []
@@ -123,35 +122,36 @@ def _window(whole: Grid, rows: slice, columns: slice, margin: int) -> Grid:
     return whole.window(rows.start - margin, columns.start - margin, height, width)
 
 
-def _in_tile(image: Image, whole: Grid, rows: slice, columns: slice, threshold: float, expand_um: float):
-    """Outlines of the cells whose nucleus has its middle in the tile."""
+def _in_tile(
+    image: Image, whole: Grid, rows: slice, columns: slice, threshold: float, expand_um: float
+) -> np.ndarray:
+    """Outlines of the cells whose nucleus has its centroid in the tile."""
     from skimage.segmentation import expand_labels
 
     margin = round(_MARGIN_UM / whole.bin_um)
     grid = _window(whole, rows, columns, margin)
-    nuclei = _parted(image.read(grid), threshold, grid.bin_um)
+    nuclei = _split_nuclei(image.read(grid), threshold, grid.bin_um)
     numbers = np.arange(1, nuclei.max() + 1)
     middle = np.array(ndimage.center_of_mass(nuclei > 0, nuclei, numbers)).reshape(-1, 2) + 0.5
     last = margin + np.array([rows.stop - rows.start, columns.stop - columns.start])
     mine = ((middle >= margin) & (middle < last)).all(1)
     cells = expand_labels(nuclei, expand_um / grid.bin_um)
-    kept = np.concatenate(
-        [[0], np.where(mine, numbers, 0)]
-    )  # only now: those of other tiles hold their ground
+    # Dropped only after the expansion: nuclei of other tiles keep their area.
+    kept = np.concatenate([[0], np.where(mine, numbers, 0)])
     return traced(kept[cells], grid.bin_to_um)[1]
 
 
-def _parted(rgb: np.ndarray, threshold: float, px_um: float) -> np.ndarray:
-    """Labels (h, w) of nuclei in an image (3, h, w): 1, 2, ... without gaps."""
+def _split_nuclei(rgb: np.ndarray, threshold: float, px_um: float) -> np.ndarray:
+    """Labels (h, w) of nuclei in an image (3, h, w), numbered 1, 2, ... without gaps."""
     from skimage.feature import peak_local_max
     from skimage.morphology import remove_small_holes, remove_small_objects
     from skimage.segmentation import relabel_sequential, watershed
 
     stain, dark = _hematoxylin(rgb, px_um), _smooth(darkness(rgb), px_um)
     found = stain > threshold
-    for values in (stain, dark):  # the second: grey glass takes no colour, and is not blue
+    for values in (stain, dark):  # above the surroundings in both: either alone also marks grey background
         found &= values > _smooth(values, px_um, _SURROUNDINGS_UM)
-    least = round(_LEAST_UM2 / px_um**2)
+    least = round(_MIN_NUCLEUS_UM2 / px_um**2)
     found = remove_small_holes(remove_small_objects(found, max_size=least - 1), max_size=least)
     depth = _smooth(ndimage.distance_transform_edt(found), px_um)
     distance = max(1, round(_SEED_DISTANCE_UM / px_um))
