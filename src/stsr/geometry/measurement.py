@@ -10,9 +10,8 @@ import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
 from stsr.geometry.grid import LR_UM, Grid
+from stsr.geometry.lattice import VISIUM_PITCH_UM, VISIUM_SPOT_UM, hexagonal_lattice, median_pitch
 
-VISIUM_SPOT_UM = 55.0
-VISIUM_PITCH_UM = 100.0
 _SUBSAMPLES = 16  # per side of a bin, for the part of a bin that a disc covers: good to 0.4 % of a bin
 _NEIGHBOURS = 6  # spots that speak for a bin between them: the sides of a hexagon
 _SHARE_REACH = 1.2  # of the spot pitch: how far from a spot its correction is felt
@@ -74,22 +73,13 @@ class Measurement:
 
     @cached_property
     def pitch_um(self) -> float:
-        """Distance between neighbouring spots, um."""
-        if self.spots < 2:
-            return LR_UM
-        distance, _ = cKDTree(self.centres_um).query(self.centres_um, k=2)
-        return float(np.median(distance[:, 1]))
+        """Distance between neighbouring spots, um; 100 for a single spot."""
+        return median_pitch(self.centres_um) or LR_UM
 
     @cached_property
     def nearest(self) -> np.ndarray:
-        """The spot that speaks for each bin (height, width), -1 where none is near enough."""
-        x, y = self.grid.centres_um()
-        points = np.stack(np.meshgrid(x, y), axis=-1)  # (height, width, 2)
-        if not self.spots:
-            return np.full(self.grid.shape, -1)
-        reach = _REACH * self.pitch_um
-        distance, index = cKDTree(self.centres_um).query(points, distance_upper_bound=reach)
-        return np.where(np.isfinite(distance), index, -1)
+        """Index of the nearest spot of each bin; see `nearest_spot`."""
+        return nearest_spot(self.grid, self.centres_um)
 
     def add_up(self, maps: np.ndarray) -> np.ndarray:
         """What each spot would measure: maps (g, height, width) of counts -> (spots, g)."""
@@ -239,20 +229,15 @@ class Measurement:
         return sp.diags(scale) @ share, covered.reshape(coarse.shape)
 
 
-def hexagonal_lattice(
-    bounds_um: tuple[float, float, float, float],
-    pitch_um: float = VISIUM_PITCH_UM,
-    diameter_um: float = VISIUM_SPOT_UM,
-) -> np.ndarray:
-    """Centres (n, 2) of a hexagonal lattice whose discs lie inside the bounds, row by row, um."""
-    x0, y0, x1, y1 = bounds_um
-    radius = diameter_um / 2
-    ys = np.arange(y0 + radius, y1 - radius + 1e-9, pitch_um * np.sqrt(3) / 2)
-    rows = []
-    for number, y in enumerate(ys):
-        xs = np.arange(x0 + radius + (number % 2) * pitch_um / 2, x1 - radius + 1e-9, pitch_um)
-        rows.append(np.stack([xs, np.full_like(xs, y)], axis=1))
-    return np.concatenate(rows) if rows else np.zeros((0, 2))
+def nearest_spot(grid: Grid, centres_um: np.ndarray) -> np.ndarray:
+    """Index (height, width) of the spot nearest to each bin's centre, -1 beyond 0.75 of the spot pitch."""
+    if not len(centres_um):
+        return np.full(grid.shape, -1)
+    x, y = grid.centres_um()
+    points = np.stack(np.meshgrid(x, y), axis=-1)  # (height, width, 2)
+    reach = _REACH * (median_pitch(centres_um) or LR_UM)
+    distance, index = cKDTree(centres_um).query(points, distance_upper_bound=reach)
+    return np.where(np.isfinite(distance), index, -1)
 
 
 def _square_fraction(dx: np.ndarray, dy: np.ndarray, bin_um: float, side_um: float) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -147,7 +148,7 @@ def write_rgb_tiff(path: Path, image: np.ndarray, um_per_px: float, ome: bool) -
     """Write (y, x, 3) uint8 as a tiled TIFF; OME adds its physical size and, if large, smaller levels."""
     import tifffile
 
-    options = {
+    options: dict[str, Any] = {
         "photometric": "rgb",
         "tile": (256, 256),
         "compression": "zlib",
@@ -155,21 +156,30 @@ def write_rgb_tiff(path: Path, image: np.ndarray, um_per_px: float, ome: bool) -
     }
     levels = [image]
     while ome and max(levels[-1].shape) > 2048:
-        half = levels[-1][: levels[-1].shape[0] // 2 * 2, : levels[-1].shape[1] // 2 * 2].astype(np.uint16)
-        levels.append(
-            ((half[::2, ::2] + half[1::2, ::2] + half[::2, 1::2] + half[1::2, 1::2] + 2) // 4).astype(
-                np.uint8
-            )
-        )
-    metadata = {"axes": "YXS"}
+        levels.append(_halved(levels[-1]))
+    metadata: dict[str, Any] = {"axes": "YXS"}
     if ome:
-        size = {"PhysicalSizeX": um_per_px, "PhysicalSizeY": um_per_px}
-        metadata |= size | {"PhysicalSizeXUnit": "µm", "PhysicalSizeYUnit": "µm"}
-    resolution = {"resolution": (1e4 / um_per_px, 1e4 / um_per_px), "resolutionunit": "CENTIMETER"}
+        metadata |= {"PhysicalSizeX": um_per_px, "PhysicalSizeXUnit": "µm"}
+        metadata |= {"PhysicalSizeY": um_per_px, "PhysicalSizeYUnit": "µm"}
+    per_cm = 1e4 / um_per_px
     with tifffile.TiffWriter(path, ome=ome) as file:
-        file.write(levels[0], subifds=len(levels) - 1, metadata=metadata, **resolution, **options)
+        file.write(
+            levels[0],
+            subifds=len(levels) - 1,
+            metadata=metadata,
+            resolution=(per_cm, per_cm),
+            resolutionunit="CENTIMETER",
+            **options,
+        )
         for level in levels[1:]:
             file.write(level, subfiletype=1, metadata=None, **options)
+
+
+def _halved(image: np.ndarray) -> np.ndarray:
+    """Mean of 2 x 2 pixels, rounded; an odd last row or column is dropped."""
+    even = image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2].astype(np.uint16)
+    total = even[::2, ::2] + even[1::2, ::2] + even[::2, 1::2] + even[1::2, 1::2]
+    return ((total + 2) // 4).astype(np.uint8)
 
 
 def empty_folder(folder: str | Path) -> Path:

@@ -111,13 +111,13 @@ def render_he(
     um_per_px : float
         Size of a pixel; ignored when `px_to_um` is given.
     px_to_um, shape
-        A frame as `image_frame` gives it. None: upright, the tissue's own frame.
+        Frame from `image_frame`, both or neither. By default that of the tissue, upright.
 
     Returns
     -------
     (y, x, 3) uint8 array
     """
-    if px_to_um is None:
+    if px_to_um is None or shape is None:
         px_to_um, shape = image_frame(tissue, um_per_px)
     pixel_um = np.sqrt(abs(np.linalg.det(px_to_um[:2, :2])))
     fine = max(1, int(np.ceil(pixel_um - 1e-6)))  # finer pixels per pixel

@@ -166,10 +166,11 @@ def _programme_fields(region, nest_level, clusters, rng) -> np.ndarray:
 
 def _window(centre_x_um: float, centre_y_um: float, reach_um: float) -> tuple[slice, slice]:
     """Rows and columns of the maps near a place: a duct costs the same in a large tissue."""
-    return tuple(
-        slice(max(0, int((at - reach_um) / MAP_UM)), int((at + reach_um) / MAP_UM) + 1)
-        for at in (centre_y_um, centre_x_um)
-    )
+
+    def around(at_um: float) -> slice:
+        return slice(max(0, int((at_um - reach_um) / MAP_UM)), int((at_um + reach_um) / MAP_UM) + 1)
+
+    return around(centre_y_um), around(centre_x_um)
 
 
 def _add_duct(region, duct_um, x, y, wobble, rng) -> None:

@@ -65,7 +65,7 @@ def write_visium(
     barcodes = _barcodes(len(row), np.random.default_rng(seed))
 
     counts = tissue.counts_in_discs(centres_um[on_tissue], SPOT_UM / 2)
-    attributes = {
+    attributes: dict[str, object] = {
         "chemistry_description": "Visium V1 Slide - v1 Chemistry",
         "filetype": "matrix",
         "library_ids": np.array([b"simulated"]),
@@ -98,7 +98,7 @@ def _write_small_images(spatial: Path, image: np.ndarray, image_um_per_px: float
     for size, limit in (("hires", _HIRES_PX), ("lowres", _LOWRES_PX)):
         factor = min(1.0, limit / max(image.shape[:2]))
         small = Image.fromarray(image).resize(
-            [max(1, round(side * factor)) for side in image.shape[1::-1]], Image.BOX
+            [max(1, round(side * factor)) for side in image.shape[1::-1]], Image.Resampling.BOX
         )
         small.save(spatial / f"tissue_{size}_image.png")
         scale[f"tissue_{size}_scalef"] = factor

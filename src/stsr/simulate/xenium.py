@@ -85,7 +85,7 @@ def write_xenium(
     _write_transcripts_parquet(tissue, folder / "transcripts.parquet", layout)
     counts = _feature_counts(tissue)
     features = [feature_name(name, layout) for name in tissue.features]
-    barcodes = cell_names(np.arange(len(tissue.cells)), layout).astype("S")
+    barcodes = cell_names(np.arange(len(tissue.cells)), layout).astype("S").tolist()
     write_matrix_h5(folder / "cell_feature_matrix.h5", counts, barcodes, features, {})
     _write_cells_parquet(tissue, folder / "cells.parquet", counts, features, layout)
     for name, outline in (("cell", tissue.cells.outline_um), ("nucleus", tissue.cells.nucleus_um)):

@@ -10,13 +10,11 @@ import numpy as np
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import LR_UM, Grid, add_up
 from stsr.histology.image import Image
+from stsr.histology.tissue import SUPPORT_UM, supported
 from stsr.store import catalogue, discovery, names
 from stsr.store.arrays import StoredArray
 from stsr.store.discovery import Frame
 from stsr.store.parts import Cells, Map, Mask, Spots
-
-SUPPORT_UM = 10.0
-"""Bin size at which support is decided; coarser bins follow from it."""
 
 
 def open_section(path, um_per_unit: float | None = None, coordinate_system: str | None = None) -> Section:
@@ -166,27 +164,24 @@ class Section:
     @cached_property
     def tissue(self) -> Mask | None:
         """Where tissue is, or None if nobody said."""
-        if self.elements.get(names.TISSUE) != "labels":
-            return None
-        return Mask(self.arrays("labels", names.TISSUE)[0], self._to_um(self.sdata.labels[names.TISSUE]))
+        return self._mask(names.TISSUE)
 
     def support(self, grid: Grid) -> np.ndarray:
-        """Where a map may be believed: (height, width) bool.
+        """Bins where a map may be believed: (height, width) bool.
 
-        A bin counts where the H&E covers it, tissue is, and a spot is near; of these, what the section has. Bins
-        coarser than `SUPPORT_UM` count if at least half of their area does. The labels ``support`` hold the same.
+        A bin counts if the H&E covers it, it lies in tissue, and a spot is near; what the section lacks is not asked
+        for. Bins that are multiples of 10 um count if at least half of their area does. Where the store has labels
+        ``support`` with bins of this size on the same raster, they are read.
         """
+        stored = self._mask(names.SUPPORT)
+        if stored is not None and _coincide(stored.grid, grid):
+            return stored.read(grid)
         factor = round(grid.bin_um / SUPPORT_UM)
         if factor > 1 and abs(factor * SUPPORT_UM - grid.bin_um) < 1e-6:
             return 2 * add_up(self.support(grid.at(SUPPORT_UM)).astype(np.int64), factor) >= factor**2
-        supported = np.ones(grid.shape, bool)
-        if self.image is not None:
-            supported &= np.asarray(self.image.covered(grid)) > 0.5
-        if self.tissue is not None:
-            supported &= self.tissue.read(grid)
-        if self.spots is not None:
-            supported &= self.spots.measurement(grid).nearest >= 0
-        return supported
+        tissue = self.tissue.read if self.tissue is not None else None
+        centres_um = self.spots.centres_um if self.spots is not None else None
+        return supported(grid, self.image, tissue, centres_um)
 
     @cached_property
     def cells(self) -> Cells | None:
@@ -236,10 +231,7 @@ class Section:
             return Grid.covering(self.hr.grid.bounds_um, bin_um)
         if self.spots is None:
             return Grid.covering(self.extent_um, bin_um)
-        x0, y0, x1, y1 = self.spots.bounds_um
-        # Half of the space between spots belongs to the spots at the rim.
-        around = max(0.0, (min(self.spots.pitch_um, 2 * LR_UM) - self.spots.size_um) / 2)
-        return Grid.covering((x0 - around, y0 - around, x1 + around, y1 + around), bin_um)
+        return self.spots.grid(bin_um)
 
     def describe(self) -> dict:
         """What `stsr info` prints, JSON-able; parts that the section lacks are None."""
@@ -280,5 +272,21 @@ class Section:
             "bounds_um": list(self.image.bounds_um),
         }
 
+    def _mask(self, element: str) -> Mask | None:
+        if self.elements.get(element) != "labels":
+            return None
+        return Mask(self.arrays("labels", element)[0], self._to_um(self.sdata.labels[element]))
+
     def _to_um(self, element) -> np.ndarray:
         return discovery.affine(element, self.frame.name, self.frame.um_per_unit)
+
+
+def _coincide(stored: Grid | None, grid: Grid) -> bool:
+    """Whether the bins of two grids are of the same size and lie on each other."""
+    if stored is None:
+        return False
+    try:
+        stored.offset_of(grid)
+    except ValueError:
+        return False
+    return True

@@ -69,6 +69,7 @@ def test_store_has_the_elements_of_the_design(section):
         "he": "images",
         "hr_10um": "images",
         "tissue": "labels",
+        "support": "labels",
         "spots": "shapes",
         "cells": "shapes",
         "spots_table": "tables",
@@ -192,7 +193,7 @@ def test_mirrored_alignment_is_suspected(broken, tmp_path):
     np.savetxt(file, to_px @ mirror, delimiter=",")
     told = []
     prepare(broken, tmp_path / "s.zarr", warn=told.append)
-    assert any("mirrored" in sentence or "turned" in sentence for sentence in told)
+    assert any("mirrored" in sentence or "rotated" in sentence for sentence in told)
 
 
 def test_visium_folder_becomes_a_section(tissue, tmp_path):
@@ -318,7 +319,7 @@ BAD = {
     "cut description": (spoil("experiment.xenium"), "experiment.xenium is damaged"),
     "no description": (remove("experiment.xenium"), "experiment.xenium .* is missing"),
     "no alignment": (remove("he_imagealignment.csv"), "he_imagealignment.csv is missing"),
-    "image elsewhere": (shift, "puts it elsewhere"),
+    "image elsewhere": (shift, "of another image"),
     "image too large": (grow, "--um-per-px"),
     "wrong pixel size": (pixel(2.125), "pixel size of 2.125"),
     "no pixel size": (pixel(None), "pixel size"),
