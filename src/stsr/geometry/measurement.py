@@ -1,7 +1,11 @@
-"""How bins add up to spots: a sparse matrix that simulates spots, draws them as a raster and keeps maps honest."""
+"""The measurement: how bins add up to spots, as a sparse matrix.
+
+It simulates spots from maps, rasterises spots, and corrects maps to agree with what was measured.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,11 +16,13 @@ from scipy.spatial import cKDTree
 from stsr.geometry.grid import LR_UM, Grid
 from stsr.geometry.lattice import VISIUM_PITCH_UM, VISIUM_SPOT_UM, hexagonal_lattice, median_pitch
 
-_SUBSAMPLES = 16  # per side of a bin, for the part of a bin that a disc covers: good to 0.4 % of a bin
-_NEIGHBOURS = 6  # spots that speak for a bin between them: the sides of a hexagon
-_SHARE_REACH = 1.2  # of the spot pitch: how far from a spot its correction is felt
-_SHARED = 0.5
-_REACH = 0.75  # of the spot pitch: how far a spot speaks for its surroundings; over half a square's diagonal
+_SUBSAMPLES = 16  # per side of a bin, for the area of a bin that a disc covers: accurate to 0.4 % of a bin
+_NEIGHBOURS = 6  # spots that correct a bin between spots: the corners of a hexagon
+_SHARE_REACH = 1.2  # of the spot pitch: how far from a spot its correction acts
+_SHARED = 0.5  # share of the correction, in logarithms, for bins between spots
+_REACH = (
+    0.75  # of the spot pitch: how far a spot stands for its surroundings; more than half a square's diagonal
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Measurement:
     grid
         The bins.
     matrix
-        A (spots, bins), in [0, 1]: which part of each bin a spot sees. Bins are in row-major order.
+        A (spots, bins), in [0, 1]: share of each bin's area that a spot covers. Bins are in row-major order.
     centres_um
         Spot centres (spots, 2) as x, y, um.
     """
@@ -39,7 +45,7 @@ class Measurement:
 
     @classmethod
     def squares(cls, grid: Grid, centres_um: np.ndarray | None = None, side_um: float = LR_UM) -> Measurement:
-        """Square spots side by side: the papers' simulation when ``centres_um`` is not given."""
+        """Square spots; side by side over the whole grid if ``centres_um`` is not given."""
         if centres_um is None:
             x, y = grid.at(side_um).centres_um()
             centres_um = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
@@ -49,7 +55,7 @@ class Measurement:
 
     @classmethod
     def discs(cls, grid: Grid, centres_um: np.ndarray, diameter_um: float = VISIUM_SPOT_UM) -> Measurement:
-        """Round spots, as Visium (55 um) and first-generation ST (100 um) have them."""
+        """Round spots, as of Visium (55 um) and first-generation ST (100 um)."""
         return cls(
             grid, _coverage(grid, centres_um, _disc_fraction, diameter_um), np.asarray(centres_um, float)
         )
@@ -58,7 +64,7 @@ class Measurement:
     def hexagonal(
         cls, grid: Grid, pitch_um: float = VISIUM_PITCH_UM, diameter_um: float = VISIUM_SPOT_UM
     ) -> Measurement:
-        """Visium's lattice laid over the grid, with the spots that lie in it whole."""
+        """Visium's hexagonal lattice over the grid, with the spots that lie wholly inside."""
         return cls.discs(grid, hexagonal_lattice(grid.bounds_um, pitch_um, diameter_um), diameter_um)
 
     @property
@@ -68,7 +74,7 @@ class Measurement:
 
     @cached_property
     def bins_seen(self) -> np.ndarray:
-        """How many bins each spot sees, as area (spots,): its size in the grid; 0 for spots outside."""
+        """Area of each spot inside the grid, in bins (spots,); 0 for spots outside."""
         return np.asarray(self.matrix.sum(1)).ravel()
 
     @cached_property
@@ -82,32 +88,34 @@ class Measurement:
         return nearest_spot(self.grid, self.centres_um)
 
     def add_up(self, maps: np.ndarray) -> np.ndarray:
-        """What each spot would measure: maps (g, height, width) of counts -> (spots, g)."""
+        """Sum maps of counts over spots: (g, height, width) -> (spots, g)."""
         flat = maps.reshape(len(maps), -1)  # (g, bins)
         return self.matrix @ flat.T
 
     def correct(
         self, maps: np.ndarray, counts: np.ndarray, tolerance: float = 1e-3, rounds: int = 50
     ) -> float:
-        """Make maps add up to what was measured, in place: ``x <- x A^T(y / Ax) / A^T 1`` until they do.
+        """Correct maps in place until they add up to the measured counts: ``x <- x A^T(y / Ax) / A^T 1``.
 
-        Bins between spots, which no spot sees, take a part of what the spots around them say (`_share`); bins far from
-        any spot keep their values. A spot that measured something where the map has nothing gets it spread evenly; one
-        that sees no bin is left out.
+        Bins that no spot covers take part of the correction of the spots around them (`_share`); bins far from any
+        spot keep their values. Counts of a spot where the map is 0 are spread evenly over the spot. Spots outside the
+        grid are ignored.
 
         Parameters
         ----------
         maps
-            (g, height, width) float32, counts per bin, not negative.
+            (g, height, width) float32, non-negative counts per bin.
         counts
             Measured counts (spots, g).
         tolerance
-            Largest relative error, summed over the spots of any one gene, at which to stop.
+            Stop when the relative error of every gene, summed over spots, is below this.
+        rounds
+            Largest number of iterations.
 
         Returns
         -------
         float
-            The largest relative error of a gene that is left: ``sum |Ax - y| / sum y``.
+            The largest remaining relative error of a gene: ``sum |Ax - y| / sum y``.
         """
         if not self.spots:
             return 0.0
@@ -120,21 +128,23 @@ class Measurement:
         values = flat[:, bins].T.astype(np.float64)  # (bins, g)
         empty = (matrix @ values <= 0) & (measured > 0)
         values += 1e-9 * (matrix.T @ empty)
-        self._share(flat, values, matrix, measured, seen)
+        self._share(flat, values, matrix, measured)
         for _ in range(rounds):
             expected = matrix @ values
             error = float((np.abs(expected - measured).sum(0) / total).max(initial=0.0))
-            if error < tolerance / 2:  # float32 takes the rest
+            if error < tolerance / 2:  # the other half is for rounding to float32
                 break
             values *= back @ np.divide(measured, expected, out=np.zeros_like(measured), where=expected > 0)
         flat[:, bins] = values.T
         return error
 
-    def _share(self, flat, values, matrix, measured, seen) -> None:
+    def _share(
+        self, flat: np.ndarray, values: np.ndarray, matrix: sp.csr_matrix, measured: np.ndarray
+    ) -> None:
         """Multiply bins between spots by the root of the mean factor ``y / Ax`` of the spots around them, in place.
 
-        The root, not the whole: measured on Visium discs over known truth, half of the correction in logarithms has the
-        least error between spots (docs/experiments.md). One count is added to both sides against noise.
+        On Visium discs over known truth, half of the correction in logarithms has the least error between spots
+        (docs/experiments.md). A pseudocount of one is added to both sides against noise.
         """
         unseen, weights = self._around
         if not len(unseen):
@@ -144,14 +154,14 @@ class Measurement:
 
     @cached_property
     def _around(self) -> tuple[np.ndarray, sp.csr_matrix]:
-        """Bins between spots, and their weights (bins, spots) on the spots around: inverse squares of distances."""
+        """Bins between spots, and the weights (bins, spots) of the spots around them: inverse squared distances."""
         seen = np.asarray(self.matrix.sum(0)).ravel() > 0
         x, y = self.grid.centres_um()
         points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
         count = min(_NEIGHBOURS, self.spots)
         reach = _SHARE_REACH * self.pitch_um
         side_by_side = self.bins_seen.max() * self.grid.bin_um**2 > 0.95 * self.pitch_um**2
-        # Between spots that touch there is nothing: what they leave out is where nobody looked.
+        # Squares side by side leave no bins between spots: uncovered bins were not measured.
         unseen = np.zeros(0, int) if side_by_side else np.flatnonzero(~seen)
         distance, spot = cKDTree(self.centres_um).query(points[unseen], k=count, distance_upper_bound=reach)
         distance, spot = distance.reshape(-1, count), spot.reshape(-1, count)
@@ -165,16 +175,16 @@ class Measurement:
         return unseen[some], sp.csr_matrix((weight[keep], (rows[keep], spot[some][keep])), shape)
 
     def _back(self, seen: np.ndarray, bins: np.ndarray) -> sp.csr_matrix:
-        """A^T / A^T 1 (bins seen, spots): the mean of what the spots say that see a bin."""
+        """A^T / A^T 1 (bins seen, spots): the mean over the spots that cover a bin."""
         return (sp.diags(1.0 / seen[bins]) @ self.matrix[:, bins].T).tocsr().astype(np.float64)
 
     def window(self, grid: Grid) -> tuple[Measurement, np.ndarray]:
-        """The measurement inside a window of the grid, cut where the window sticks out.
+        """The measurement inside a window, which is clipped to the grid.
 
         Returns
         -------
         measurement, spots
-            Only spots that lie in the window with all that they see, and their indices here.
+            Spots that lie wholly in the window, and their indices in this measurement.
         """
         row, column = self.grid.offset_of(grid)
         top, left = max(row, 0), max(column, 0)
@@ -186,11 +196,11 @@ class Measurement:
         spots = np.flatnonzero((inside > 0) & (inside >= self.bins_seen * (1 - 1e-6)))
         return Measurement(grid, part[spots], self.centres_um[spots]), spots
 
-    def raster(self, counts, lr_um: float = LR_UM) -> tuple[np.ndarray, np.ndarray]:
-        """Spots drawn as the low-resolution raster that networks read.
+    def raster(self, counts: np.ndarray | sp.spmatrix, lr_um: float = LR_UM) -> tuple[np.ndarray, np.ndarray]:
+        """Rasterise spots to the low-resolution pixels that networks read.
 
-        Every bin takes the density of the spot that speaks for it, and low-resolution pixels average over their
-        bins: for square spots this is the counts themselves, for discs the counts a whole pixel would have had.
+        Every bin takes the density of its nearest spot, and low-resolution pixels average over their bins. For square
+        spots these are the counts themselves; for discs the counts that a whole pixel would have had.
 
         Parameters
         ----------
@@ -200,8 +210,8 @@ class Measurement:
         Returns
         -------
         lr, mask
-            Counts per low-resolution pixel (g, h, w) float32; part of the pixel that any spot speaks for
-            (1, h, w) float32. Where the mask is 0, lr is 0.
+            Counts per low-resolution pixel (g, h, w) float32; share of the pixel near any spot (1, h, w) float32.
+            Where the mask is 0, lr is 0.
         """
         weights, mask = self._raster_weights(lr_um)
         lr = np.asarray(
@@ -216,7 +226,7 @@ class Measurement:
         pixel = (rows // per_lr) * coarse.width + columns // per_lr
         spot = self.nearest.ravel()
         spoken = spot >= 0
-        # Spots that stick out of the grid still measured with their whole area.
+        # Spots that extend beyond the grid measured with their whole area.
         area = np.maximum(self.bins_seen, self.bins_seen.max(initial=1.0))
         share = sp.coo_matrix(
             (1.0 / area[spot[spoken]], (pixel.ravel()[spoken], spot[spoken])),
@@ -241,9 +251,9 @@ def nearest_spot(grid: Grid, centres_um: np.ndarray) -> np.ndarray:
 
 
 def _square_fraction(dx: np.ndarray, dy: np.ndarray, bin_um: float, side_um: float) -> np.ndarray:
-    """Part of a bin at (dx, dy) from a square's centre that the square covers, exactly."""
+    """Share of a bin at (dx, dy) from a square's centre that the square covers, exactly."""
 
-    def overlap(d):
+    def overlap(d: np.ndarray) -> np.ndarray:
         return np.clip(
             np.minimum(d + bin_um / 2, side_um / 2) - np.maximum(d - bin_um / 2, -side_um / 2), 0, None
         )
@@ -252,17 +262,19 @@ def _square_fraction(dx: np.ndarray, dy: np.ndarray, bin_um: float, side_um: flo
 
 
 def _disc_fraction(dx: np.ndarray, dy: np.ndarray, bin_um: float, diameter_um: float) -> np.ndarray:
-    """Part of a bin at (dx, dy) from a disc's centre that the disc covers, by subsampling."""
+    """Share of a bin at (dx, dy) from a disc's centre that the disc covers, by subsampling."""
     offsets = ((np.arange(_SUBSAMPLES) + 0.5) / _SUBSAMPLES - 0.5) * bin_um
     covered = np.zeros(dx.shape, np.float32)
-    for offset_y in offsets:  # a loop over one axis keeps memory at one axis
+    for offset_y in offsets:  # a loop over one axis limits memory
         inside = (dx[..., None] + offsets) ** 2 + (dy[..., None] + offset_y) ** 2 <= (diameter_um / 2) ** 2
         covered += inside.sum(-1)
     return covered / _SUBSAMPLES**2
 
 
-def _coverage(grid: Grid, centres_um: np.ndarray, fraction, size_um: float) -> sp.csr_matrix:
-    """A (spots, bins) from a function that gives the covered part of a bin at an offset from a spot's centre."""
+def _coverage(
+    grid: Grid, centres_um: np.ndarray, fraction: Callable[..., np.ndarray], size_um: float
+) -> sp.csr_matrix:
+    """A (spots, bins) from a function that gives the covered share of a bin at an offset from a spot's centre."""
     centres = np.asarray(centres_um, dtype=float).reshape(-1, 2)
     reach = int(np.ceil(size_um / 2 / grid.bin_um)) + 1
     around = np.arange(-reach, reach + 1)

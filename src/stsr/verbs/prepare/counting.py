@@ -93,6 +93,28 @@ def count(
             f"bins of {bin_um:g} um are too many for this section; choose larger ones with --bin-um"
         ) from None
     discs = _Discs(grid, len(genes)) if spots == "visium" else None
+    low, other = _count_all(transcripts, grid, counter, discs, progress)
+    kept = int(counter.per_gene.sum())
+    if not kept:
+        raise StsrError(
+            f"no transcript of a gene is left of {low + other}; lower --min-qv or choose other genes"
+        )
+    mask = tissue.from_density(counter.per_place.reshape(grid.shape), grid, transcripts.apart_um)
+    if not mask.any():
+        raise StsrError(
+            f"no tissue found: {kept} transcripts are too sparse over {grid.width * bin_um:g} x "
+            f"{grid.height * bin_um:g} um; check that the file of transcripts is complete"
+        )
+    simulated = None
+    if spots is not None:
+        simulated = discs.spots(grid, mask, genes) if discs else _squares(grid, counter, mask, genes)
+    return Counted(grid, counter, mask, simulated, kept, low, other)
+
+
+def _count_all(
+    transcripts: Transcripts, grid: Grid, counter: Counter, discs: _Discs | None, progress: Progress
+) -> tuple[int, int]:
+    """Count every transcript; return the numbers of those dropped for quality and for other reasons."""
     read = low = other = 0
     for chunk in transcripts.chunks():
         rows, columns, inside = grid.rows_columns(chunk.x_um, chunk.y_um)
@@ -108,19 +130,7 @@ def count(
         read += len(bins) + chunk.low_quality + chunk.other
         if transcripts.rows:
             progress(read, transcripts.rows, "counting transcripts")
-    kept = int(counter.per_gene.sum())
-    if not kept:
-        raise StsrError(f"no transcript of a gene is left of {read}; lower --min-qv or choose other genes")
-    mask = tissue.from_density(counter.per_place.reshape(grid.shape), grid, transcripts.apart_um)
-    if not mask.any():
-        raise StsrError(
-            f"no tissue found: {kept} transcripts are too sparse over {grid.width * bin_um:g} x "
-            f"{grid.height * bin_um:g} um; check that the file of transcripts is complete"
-        )
-    simulated = None
-    if spots is not None:
-        simulated = discs.spots(grid, mask, genes) if discs else _squares(grid, counter, mask, genes)
-    return Counted(grid, counter, mask, simulated, kept, low, other)
+    return low, other
 
 
 def _grid(transcripts: Transcripts, bin_um: float) -> Grid:
