@@ -20,9 +20,8 @@ _SUBSAMPLES = 16  # per side of a bin, for the area of a bin that a disc covers:
 _NEIGHBOURS = 6  # spots that correct a bin between spots: the corners of a hexagon
 _SHARE_REACH = 1.2  # of the spot pitch: how far from a spot its correction acts
 _SHARED = 0.5  # share of the correction, in logarithms, for bins between spots
-_REACH = (
-    0.75  # of the spot pitch: how far a spot stands for its surroundings; more than half a square's diagonal
-)
+_REACH = 0.75  # of the spot pitch: how far a spot stands for its surroundings; above half a square's diagonal
+_POINTS = 2**20  # bins whose nearest spots are searched at once, for bounded memory
 
 
 @dataclass(frozen=True)
@@ -241,13 +240,17 @@ class Measurement:
 
 def nearest_spot(grid: Grid, centres_um: np.ndarray) -> np.ndarray:
     """Index (height, width) of the spot nearest to each bin's centre, -1 beyond 0.75 of the spot pitch."""
+    nearest = np.full(grid.shape, -1)
     if not len(centres_um):
-        return np.full(grid.shape, -1)
+        return nearest
     x, y = grid.centres_um()
-    points = np.stack(np.meshgrid(x, y), axis=-1)  # (height, width, 2)
-    reach = _REACH * (median_pitch(centres_um) or LR_UM)
-    distance, index = cKDTree(centres_um).query(points, distance_upper_bound=reach)
-    return np.where(np.isfinite(distance), index, -1)
+    tree, reach = cKDTree(centres_um), _REACH * (median_pitch(centres_um) or LR_UM)
+    step = max(1, _POINTS // grid.width)
+    for top in range(0, grid.height, step):
+        points = np.stack(np.meshgrid(x, y[top : top + step]), axis=-1)  # (rows, width, 2)
+        distance, index = tree.query(points, distance_upper_bound=reach)
+        nearest[top : top + step] = np.where(np.isfinite(distance), index, -1)
+    return nearest
 
 
 def _square_fraction(dx: np.ndarray, dy: np.ndarray, bin_um: float, side_um: float) -> np.ndarray:

@@ -31,9 +31,7 @@ _ALIGNMENT = ("he_px_to_um.csv", "*px_to_um*.csv", "*alignment*.csv")
 _APART_UM = (2.0, 150.0)  # from a cell to its neighbour, including sections with few cells
 _SECTION_UM = (50.0, 50_000.0)
 _SPARSE = 0.95  # quantile of distances between neighbours that sets the smoothing of the tissue mask
-_CELL_RADIUS_UM = (
-    6.5  # of a typical cell in tissue; counts are placed within it when only the cell's centre is known
-)
+_CELL_RADIUS_UM = 6.5  # of a typical cell in tissue; where counts are placed if only the centre is known
 _ROWS = 20_000  # cells at a time
 
 

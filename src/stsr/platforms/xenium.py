@@ -28,9 +28,7 @@ _CELL_UM = (2.0, 100.0)
 _SECTION_UM = (50.0, 50_000.0)
 _HE = ("*he_image*.ome.tif", "*he*image*.ome.tif", "*he*image*.tif*", "*[Hh]&[Ee]*.tif*")
 _ALIGNMENTS = ("*he_imagealignment.csv", "*he*alignment*.csv", "*imagealignment.csv")
-_SAME_PANEL = (
-    0.5  # least share of the transcripts' genes in the matrix; below it the matrix is of another experiment
-)
+_SAME_PANEL = 0.5  # least share of the transcripts' genes in the matrix, if both are of one experiment
 
 
 def recognises(path: Path) -> bool:

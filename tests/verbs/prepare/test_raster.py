@@ -9,7 +9,7 @@ from PIL import Image as PillowImage
 
 from stsr.geometry.lattice import grid_around
 from stsr.histology.tissue import supported
-from stsr.simulate import simulate_tissue, write_visium, write_xenium
+from stsr.simulate import render_he, simulate_tissue, write_visium, write_xenium
 from stsr.store.parts import Mask
 from stsr.store.section import open_section
 from stsr.verbs.prepare.verb import prepare
@@ -103,6 +103,23 @@ def test_the_stored_support_is_read(sections, monkeypatch):
     assert section.support(section.grid(10)).any()
     half = section.grid(10).window(0, 0, 4, 4).at(5)  # bins of another size are computed
     assert not section.support(half).any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_image_alone_has_one_raster_too(tissue, tmp_path):
+    from spatialdata import SpatialData
+    from spatialdata.models import Image2DModel
+
+    rgb = render_he(tissue, 2.0)[:, :-7]  # 243 px: not a multiple of the 100 um of the raster
+    image = Image2DModel.parse(rgb, dims=("y", "x", "c"))
+    SpatialData.init_from_elements({"slide": image}).write(tmp_path / "image.zarr")
+    section = open_section(prepare(tmp_path / "image.zarr", tmp_path / "s.zarr", um_per_px=2.0))
+    assert set(section.elements) == {"he", "tissue", "support"}
+    grid = section.grid(10)
+    assert section.tissue.grid == _stored_support(section).grid == grid and grid.shape == (40, 50)
+    support = section.support(grid)
+    assert support.any() and not support[~section.image.covered(grid)].any()
+    assert np.array_equal(support, section.tissue.read(grid) & section.image.covered(grid))
 
 
 def test_coarse_bins_have_a_support_too(tissue, tmp_path):
