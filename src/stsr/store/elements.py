@@ -58,7 +58,7 @@ def with_pyramid(image: Image) -> Image:
     return Image(_pyramid(image.levels[0]), image.px_to_um, path=image.path)
 
 
-def he_image(image: Image):
+def he_image(image: Image) -> Any:
     """Make a multi-scale image (c, y, x) of the H&E in its own pixels, with its own pyramid or a new one."""
     from spatialdata.models import Image2DModel
     from spatialdata.transformations import set_transformation

@@ -173,7 +173,7 @@ class Section:
         for. Bins that are multiples of 10 um count if at least half of their area does. Where the store has labels
         ``support`` with bins of this size on the same raster, they are read.
         """
-        stored = self._mask(names.SUPPORT)
+        stored = self._stored_support
         if stored is not None and _coincide(stored.grid, grid):
             return stored.read(grid)
         factor = round(grid.bin_um / SUPPORT_UM)
@@ -271,6 +271,10 @@ class Section:
             "width": self.image.width,
             "bounds_um": list(self.image.bounds_um),
         }
+
+    @cached_property
+    def _stored_support(self) -> Mask | None:
+        return self._mask(names.SUPPORT)
 
     def _mask(self, element: str) -> Mask | None:
         if self.elements.get(element) != "labels":
