@@ -1,7 +1,4 @@
-"""The measurement: how bins add up to spots, as a sparse matrix.
-
-It simulates spots from maps, rasterises spots, and corrects maps to agree with what was measured.
-"""
+"""The measurement: how bins add up to spots, as a sparse matrix that simulates and rasterises spots."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ from scipy.spatial import cKDTree
 from stsr.geometry.grid import LR_UM, Grid
 from stsr.geometry.lattice import VISIUM_PITCH_UM, VISIUM_SPOT_UM, hexagonal_lattice, median_pitch
 
-_SUBSAMPLES = 16  # per side of a bin, for the area of a bin that a disc covers: accurate to 0.4 % of a bin
-_NEIGHBOURS = 6  # spots that correct a bin between spots: the corners of a hexagon
-_SHARE_REACH = 1.2  # of the spot pitch: how far from a spot its correction acts
-_SHARED = 0.5  # share of the correction, in logarithms, for bins between spots
-_REACH = 0.75  # of the spot pitch: how far a spot stands for its surroundings; above half a square's diagonal
+_SUBSAMPLES = 16  # per side of a bin, for the part of a bin that a disc covers: good to 0.4 % of a bin
+_NEIGHBOURS = 6  # spots that speak for a bin between them: the sides of a hexagon
+_SHARE_REACH = 1.2  # of the spot pitch: how far from a spot its correction is felt
+_SHARED = 0.5
+_REACH = 0.75  # of the spot pitch: how far a spot speaks for its surroundings; over half a square's diagonal
 _POINTS = 2**20  # bins whose nearest spots are searched at once, for bounded memory
 
 
@@ -94,27 +91,25 @@ class Measurement:
     def correct(
         self, maps: np.ndarray, counts: np.ndarray, tolerance: float = 1e-3, rounds: int = 50
     ) -> float:
-        """Correct maps in place until they add up to the measured counts: ``x <- x A^T(y / Ax) / A^T 1``.
+        """Make maps add up to what was measured, in place: ``x <- x A^T(y / Ax) / A^T 1`` until they do.
 
-        Bins that no spot covers take part of the correction of the spots around them (`_share`); bins far from any
-        spot keep their values. Counts of a spot where the map is 0 are spread evenly over the spot. Spots outside the
-        grid are ignored.
+        Bins between spots, which no spot sees, take a part of what the spots around them say (`_share`); bins far from
+        any spot keep their values. A spot that measured something where the map has nothing gets it spread evenly; one
+        that sees no bin is left out.
 
         Parameters
         ----------
         maps
-            (g, height, width) float32, non-negative counts per bin.
+            (g, height, width) float32, counts per bin, not negative.
         counts
             Measured counts (spots, g).
         tolerance
-            Stop when the relative error of every gene, summed over spots, is below this.
-        rounds
-            Largest number of iterations.
+            Largest relative error, summed over the spots of any one gene, at which to stop.
 
         Returns
         -------
         float
-            The largest remaining relative error of a gene: ``sum |Ax - y| / sum y``.
+            The largest relative error of a gene that is left: ``sum |Ax - y| / sum y``.
         """
         if not self.spots:
             return 0.0
@@ -127,23 +122,21 @@ class Measurement:
         values = flat[:, bins].T.astype(np.float64)  # (bins, g)
         empty = (matrix @ values <= 0) & (measured > 0)
         values += 1e-9 * (matrix.T @ empty)
-        self._share(flat, values, matrix, measured)
+        self._share(flat, values, matrix, measured, seen)
         for _ in range(rounds):
             expected = matrix @ values
             error = float((np.abs(expected - measured).sum(0) / total).max(initial=0.0))
-            if error < tolerance / 2:  # the other half is for rounding to float32
+            if error < tolerance / 2:  # float32 takes the rest
                 break
             values *= back @ np.divide(measured, expected, out=np.zeros_like(measured), where=expected > 0)
         flat[:, bins] = values.T
         return error
 
-    def _share(
-        self, flat: np.ndarray, values: np.ndarray, matrix: sp.csr_matrix, measured: np.ndarray
-    ) -> None:
+    def _share(self, flat, values, matrix, measured, seen) -> None:
         """Multiply bins between spots by the root of the mean factor ``y / Ax`` of the spots around them, in place.
 
-        On Visium discs over known truth, half of the correction in logarithms has the least error between spots
-        (docs/experiments.md). A pseudocount of one is added to both sides against noise.
+        The root, not the whole: measured on Visium discs over known truth, half of the correction in logarithms has the
+        least error between spots (docs/experiments.md). One count is added to both sides against noise.
         """
         unseen, weights = self._around
         if not len(unseen):
@@ -153,14 +146,14 @@ class Measurement:
 
     @cached_property
     def _around(self) -> tuple[np.ndarray, sp.csr_matrix]:
-        """Bins between spots, and the weights (bins, spots) of the spots around them: inverse squared distances."""
+        """Bins between spots, and their weights (bins, spots) on the spots around: inverse squares of distances."""
         seen = np.asarray(self.matrix.sum(0)).ravel() > 0
         x, y = self.grid.centres_um()
         points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
         count = min(_NEIGHBOURS, self.spots)
         reach = _SHARE_REACH * self.pitch_um
         side_by_side = self.bins_seen.max() * self.grid.bin_um**2 > 0.95 * self.pitch_um**2
-        # Squares side by side leave no bins between spots: uncovered bins were not measured.
+        # Between spots that touch there is nothing: what they leave out is where nobody looked.
         unseen = np.zeros(0, int) if side_by_side else np.flatnonzero(~seen)
         distance, spot = cKDTree(self.centres_um).query(points[unseen], k=count, distance_upper_bound=reach)
         distance, spot = distance.reshape(-1, count), spot.reshape(-1, count)
@@ -174,16 +167,16 @@ class Measurement:
         return unseen[some], sp.csr_matrix((weight[keep], (rows[keep], spot[some][keep])), shape)
 
     def _back(self, seen: np.ndarray, bins: np.ndarray) -> sp.csr_matrix:
-        """A^T / A^T 1 (bins seen, spots): the mean over the spots that cover a bin."""
+        """A^T / A^T 1 (bins seen, spots): the mean of what the spots say that see a bin."""
         return (sp.diags(1.0 / seen[bins]) @ self.matrix[:, bins].T).tocsr().astype(np.float64)
 
     def window(self, grid: Grid) -> tuple[Measurement, np.ndarray]:
-        """The measurement inside a window, which is clipped to the grid.
+        """The measurement inside a window of the grid, cut where the window sticks out.
 
         Returns
         -------
         measurement, spots
-            Spots that lie wholly in the window, and their indices in this measurement.
+            Only spots that lie in the window with all that they see, and their indices here.
         """
         row, column = self.grid.offset_of(grid)
         top, left = max(row, 0), max(column, 0)

@@ -85,7 +85,7 @@ class Spots:
 
 @dataclass(frozen=True)
 class Cells:
-    """Segmented cells: outlines in um (index: cell id) and, if available, raw counts with the same index."""
+    """Segmented cells: outlines in um (index: cell id) and, where measured, raw counts with the same index."""
 
     outlines: GeoDataFrame
     counts: AnnData | None = None

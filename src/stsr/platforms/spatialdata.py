@@ -16,8 +16,6 @@ from stsr.store import catalogue, discovery, names
 
 if TYPE_CHECKING:
     import pandas as pd
-    from anndata import AnnData
-    from geopandas import GeoDataFrame
 
     from stsr.store.parts import Map
     from stsr.store.section import Section
@@ -142,9 +140,9 @@ def _cells(section: Section, genes: list[str], warnings: list[str]) -> Cells | N
     cells = section.cells
     if cells is None:
         return None
-    outlines: GeoDataFrame = cells.geometry
+    outlines = cells.geometry
     outlines.index = outlines.index.astype(str)
-    table: AnnData | None = cells.table
+    table = cells.table
     if table is None:
         return Cells(outlines)
     if not set(genes) <= set(table.var_names):

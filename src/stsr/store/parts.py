@@ -158,8 +158,8 @@ class Mask:
 
     def __init__(self, labels, px_to_um: np.ndarray):
         self._labels = labels
-        self._px_to_um = np.asarray(px_to_um, dtype=np.float64)
         self._um_to_px = np.linalg.inv(px_to_um)
+        self._px_to_um = np.asarray(px_to_um, dtype=np.float64)
 
     @property
     def grid(self) -> Grid | None:

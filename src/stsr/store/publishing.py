@@ -18,9 +18,6 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,6 +36,7 @@ from stsr.store.consolidated import (
     list_labels,
     write_json,
 )
+from stsr.store.threads import own_threads
 from stsr.store.workspace import JOURNAL, Workspace, exchange, locked, move, remove_path
 
 
@@ -83,7 +81,7 @@ def create(
         if (work.path / "replaced.zarr").exists() and not store.exists():
             os.rename(work.path / "replaced.zarr", store)  # a killed run without an atomic exchange
         work.wipe()
-        with catalogue.quiet(), _own_threads():
+        with catalogue.quiet(), own_threads():
             sdata.write(work.new, update_sdata_path=False)
         consolidate(work.new)  # spatialdata does not, when it leaves the path of ``sdata`` alone
         record = {name: {"origin": names.MEASURED, **entry} for name, entry in provenance.items()}
@@ -100,21 +98,6 @@ def create(
             else:
                 os.rename(work.new, store)
     return Path(path)
-
-
-@contextmanager
-def _own_threads() -> Iterator[None]:
-    """Run dask in a thread pool that ends here: after an error, no thread still writes into the workspace."""
-    import dask
-    from dask.system import CPU_COUNT
-
-    with ThreadPoolExecutor(dask.config.get("num_workers", None) or CPU_COUNT) as pool:
-        try:
-            with dask.config.set(pool=pool):
-                yield
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def publish(path, elements: dict, provenance: dict[str, dict], overwrite: bool = False) -> None:

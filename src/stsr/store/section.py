@@ -164,14 +164,16 @@ class Section:
     @cached_property
     def tissue(self) -> Mask | None:
         """Where tissue is, or None if nobody said."""
-        return self._mask(names.TISSUE)
+        if self.elements.get(names.TISSUE) != "labels":
+            return None
+        return Mask(self.arrays("labels", names.TISSUE)[0], self._to_um(self.sdata.labels[names.TISSUE]))
 
     def support(self, grid: Grid) -> np.ndarray:
         """Bins where a map may be believed: (height, width) bool.
 
-        A bin counts if the H&E covers it, it lies in tissue, and a spot is near; what the section lacks is not asked
-        for. Bins that are multiples of 10 um count if at least half of their area does. Where the store has labels
-        ``support`` with bins of this size on the same raster, they are read.
+        A bin counts if the H&E covers it, it lies in tissue, and a spot is near; what the section lacks is no
+        condition. Bins that are multiples of 10 um count if at least half of their area does. Where the store has
+        labels ``support`` with bins of this size on the same raster, they are read.
         """
         stored = self._stored_support
         if stored is not None and _coincide(stored.grid, grid):
@@ -182,6 +184,13 @@ class Section:
         tissue = self.tissue.read if self.tissue is not None else None
         centres_um = self.spots.centres_um if self.spots is not None else None
         return supported(grid, self.image, tissue, centres_um)
+
+    @cached_property
+    def _stored_support(self) -> Mask | None:
+        if self.elements.get(names.SUPPORT) != "labels":
+            return None
+        to_um = discovery.affine(self.sdata.labels[names.SUPPORT], self.frame.name, self.frame.um_per_unit)
+        return Mask(self.arrays("labels", names.SUPPORT)[0], to_um)
 
     @cached_property
     def cells(self) -> Cells | None:
@@ -271,15 +280,6 @@ class Section:
             "width": self.image.width,
             "bounds_um": list(self.image.bounds_um),
         }
-
-    @cached_property
-    def _stored_support(self) -> Mask | None:
-        return self._mask(names.SUPPORT)
-
-    def _mask(self, element: str) -> Mask | None:
-        if self.elements.get(element) != "labels":
-            return None
-        return Mask(self.arrays("labels", element)[0], self._to_um(self.sdata.labels[element]))
 
     def _to_um(self, element) -> np.ndarray:
         return discovery.affine(element, self.frame.name, self.frame.um_per_unit)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -41,7 +40,7 @@ class Counter:
         self.per_place = np.zeros(places, np.int64)
         self.per_gene = np.zeros(genes, np.int64)
         self._spool = tempfile.TemporaryFile(prefix="stsr-")  # noqa: SIM115 - lives with self
-        self._ends: list[np.ndarray] = []  # per chunk: end of each block, in keys from the start of the file
+        self._ends: list[np.ndarray] = []  # of each block in each chunk, in keys from the start of the file
         self._written = 0
 
     def add(self, gene: np.ndarray, place: np.ndarray) -> None:
@@ -100,7 +99,7 @@ class Counter:
     def _genes_in(self, number: int) -> int:
         return min(GENES_PER_BLOCK, self.genes - number * GENES_PER_BLOCK)
 
-    def _keys(self, number: int) -> Iterator[np.ndarray]:
+    def _keys(self, number: int):
         start = 0
         for ends in self._ends:
             first = ends[number - 1] if number else start
