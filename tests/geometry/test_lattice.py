@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from stsr.geometry import lattice
+from stsr.geometry import lattice, measurement
+from stsr.geometry.grid import Grid
 
 
 def array(rows=6, columns=9):
@@ -60,3 +61,13 @@ def test_the_raster_holds_spots_and_half_of_the_space_between(pitch_um, size_um,
 def test_one_spot_has_a_raster():
     grid = lattice.grid_around(np.array([[30.0, 40.0]]), 55.0, 10)
     assert (grid.x0_um, grid.y0_um, grid.shape) == (2.5, 12.5, (10, 10))
+
+
+def test_nearest_spots_do_not_depend_on_the_rows_searched_at_once(monkeypatch):
+    grid = Grid(-20, 30, 10, 40, 50)
+    centres = lattice.hexagonal_lattice(grid.bounds_um)[:9]
+    whole = measurement.nearest_spot(grid, centres)
+    assert set(np.unique(whole)) == set(range(-1, 9))
+    monkeypatch.setattr(measurement, "_POINTS", 3 * grid.width)
+    assert np.array_equal(measurement.nearest_spot(grid, centres), whole)
+    assert (measurement.nearest_spot(grid, centres[:0]) == -1).all()

@@ -2,10 +2,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from stsr.geometry import measurement
 from stsr.geometry.grid import Grid
-from stsr.geometry.lattice import hexagonal_lattice
-from stsr.geometry.measurement import Measurement
+from stsr.geometry.measurement import Measurement, hexagonal_lattice
 
 GRID = Grid(-20, 30, 10, 40, 50)
 
@@ -129,12 +127,3 @@ def test_a_window_that_sticks_out_is_cut():
     part, spots = measurement.window(GRID.window(30, 40, 20, 20))
     assert part.grid.shape == (10, 10)
     assert spots.tolist() == [19]
-
-
-def test_nearest_spots_do_not_depend_on_the_rows_searched_at_once(monkeypatch):
-    centres = hexagonal_lattice(GRID.bounds_um)[:9]
-    whole = measurement.nearest_spot(GRID, centres)
-    assert set(np.unique(whole)) == set(range(-1, 9))
-    monkeypatch.setattr(measurement, "_POINTS", 3 * GRID.width)
-    assert np.array_equal(measurement.nearest_spot(GRID, centres), whole)
-    assert (measurement.nearest_spot(GRID, centres[:0]) == -1).all()

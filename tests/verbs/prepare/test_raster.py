@@ -10,6 +10,7 @@ from PIL import Image as PillowImage
 from stsr.geometry.lattice import grid_around
 from stsr.histology.tissue import supported
 from stsr.simulate import render_he, simulate_tissue, write_visium, write_xenium
+from stsr.store import discovery
 from stsr.store.parts import Mask
 from stsr.store.section import open_section
 from stsr.verbs.prepare.verb import prepare
@@ -58,7 +59,8 @@ def _legacy(folder):
 
 
 def _stored_support(section):
-    return Mask(section.arrays("labels", "support")[0], section._to_um(section.sdata.labels["support"]))
+    to_um = discovery.affine(section.sdata.labels["support"], "global")
+    return Mask(section.arrays("labels", "support")[0], to_um)
 
 
 @pytest.mark.parametrize("name", ["visium", "legacy", "xenium"])
