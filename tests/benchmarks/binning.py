@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def write(file: Path, arguments) -> None:
-    from stsr.simulate import write_transcripts
+    from stream import write_transcripts  # beside this file
 
     start = clock()
     write_transcripts(file, arguments.transcripts, arguments.width_um, arguments.height_um, arguments.genes)

@@ -14,6 +14,7 @@ from stsr import platforms
 from stsr.errors import StsrError
 from stsr.geometry.grid import Grid
 from stsr.histology import files as he
+from stsr.histology.image import scaling
 from stsr.histology.tissue import from_density, from_image
 from stsr.platforms.source import Chunk, Options, Transcripts, choose_genes
 from stsr.simulate import simulate_tissue, write_visium, write_xenium
@@ -160,7 +161,7 @@ def test_xenium_without_he_is_read_with_a_warning(xenium, tmp_path):
     shutil.copytree(xenium, folder)
     (folder / "he_image.ome.tif").unlink()
     source = platforms.read(folder)
-    assert source.picture is None
+    assert source.image is None
     assert any("--he" in warning for warning in source.warnings)
 
 
@@ -197,11 +198,11 @@ def test_image_lies_where_the_cells_are(tissue, tmp_path, mirror, turn):
         tissue, tmp_path / "run", image_um_per_px=2.0, mirror=mirror, turn_deg=turn, labels=False
     )
     source = platforms.read(folder)
-    assert np.sign(np.linalg.det(source.picture.px_to_um)) == (-1 if mirror else 1)
+    assert np.sign(np.linalg.det(source.image.px_to_um)) == (-1 if mirror else 1)
     counted = count(source.transcripts, source.genes, 10)
     counts = counted.counter.per_place.reshape(counted.grid.shape)
-    assert fit.overlap(source.picture, counts, counted.grid) > 0.95
-    agreement, doubts = fit.fit(source.picture, counts, counted.grid)
+    assert fit.overlap(source.image, counts, counted.grid) > 0.95
+    agreement, doubts = fit.fit(source.image, counts, counted.grid)
     assert doubts == [] and agreement > 0.15
 
 
@@ -230,11 +231,11 @@ def test_what_is_no_affine_is_refused(tmp_path, text):
 
 
 def test_implausible_pixels_are_refused():
-    he.check_pixel(he.scaling(0.5), 0.52, "he")
+    he.check_pixel(scaling(0.5), 0.52, "he")
     with pytest.raises(StsrError, match="--um-per-px"):
-        he.check_pixel(he.scaling(0.001), None, "he")
+        he.check_pixel(scaling(0.001), None, "he")
     with pytest.raises(StsrError, match=r"says 0\.5 um"):
-        he.check_pixel(he.scaling(1.0), 0.5, "he")
+        he.check_pixel(scaling(1.0), 0.5, "he")
     with pytest.raises(StsrError, match="alignment"):
         he.check_pixel(np.diag([1.0, 2.0, 1.0]), None, "he")
 
@@ -247,7 +248,7 @@ def test_visium_tables_of_both_versions(tissue, tmp_path, version):
     folder = write_visium(tissue, tmp_path / "run" / "outs", version=version, image_um_per_px=2.0)
     source = platforms.read(tmp_path / "run")
     assert source.name == "run"
-    assert source.picture.um_per_px == pytest.approx(2.0, rel=0.02)
+    assert source.image.um_per_px == pytest.approx(2.0, rel=0.02)
     positions = pd.read_csv(
         next((folder / "spatial").glob("tissue_positions*")), header=None if version == 1 else 0
     ).set_axis(["barcode", "in", "row", "col", "y", "x"], axis=1)
@@ -264,7 +265,7 @@ def test_visium_without_full_image_takes_hires_and_warns(tissue, tmp_path):
     (folder / "he_fullres.tif").unlink()
     hires = platforms.read(folder)
     assert any("hires" in warning for warning in hires.warnings)
-    assert hires.picture.bounds_um == pytest.approx(full.picture.bounds_um, abs=2 * hires.picture.um_per_px)
+    assert hires.image.bounds_um == pytest.approx(full.image.bounds_um, abs=2 * hires.image.um_per_px)
     assert np.array_equal(hires.spots.centres_um, full.spots.centres_um)
 
 
@@ -275,7 +276,7 @@ def test_visium_with_another_image_is_refused(tissue, tmp_path):
 
     with Image.open(small) as image:
         image.resize((image.width // 4, image.height // 4)).save(tmp_path / "small.png")
-    with pytest.raises(StsrError, match="not the image that Space Ranger was given"):
+    with pytest.raises(StsrError, match="not the image that Space Ranger was run on"):
         platforms.read(folder, Options(he=tmp_path / "small.png"))
 
 
@@ -309,7 +310,7 @@ def test_legacy_st_takes_its_scale_from_the_lattice(tmp_path):
     counts = legacy(tmp_path)
     source = platforms.read(tmp_path)
     assert source.platform == "legacy_st"
-    assert source.picture.um_per_px == pytest.approx(5.0, rel=1e-3)
+    assert source.image.um_per_px == pytest.approx(5.0, rel=1e-3)
     assert source.spots.size_um == 100 and source.spots.counts.n_obs == len(counts) - 1
     name = source.spots.counts.obs_names[5]
     assert np.array_equal(np.asarray(source.spots.counts[name].X.todense()).ravel(), counts.loc[name])
@@ -348,7 +349,7 @@ def test_anndata_of_cells_keeps_every_count(tmp_path):
     np.savetxt(tmp_path / "he_px_to_um.csv", np.diag([9.0, 9.0, 1.0]), delimiter=",")
     source = platforms.read(tmp_path)
     assert np.array_equal(totals(source)[0], np.asarray(table.X.sum(0)).ravel())
-    assert source.picture.um_per_px == pytest.approx(9.0)
+    assert source.image.um_per_px == pytest.approx(9.0)
     assert len(source.cells.outlines) == 600 and "radius" in source.cells.outlines
 
 
@@ -357,7 +358,7 @@ def test_anndata_in_pixels_wants_the_pixel_size(tmp_path):
     with pytest.raises(StsrError, match="--um-per-px"):
         platforms.read(tmp_path / "cells.h5ad")
     source = platforms.read(tmp_path / "cells.h5ad", Options(um_per_px=1000.0))
-    assert source.extent_um[2] == pytest.approx(500, abs=10)
+    assert source.transcripts.bounds_um[2] == pytest.approx(500, abs=10)
 
 
 def test_anndata_image_without_alignment_is_refused(tmp_path):
@@ -384,8 +385,8 @@ def test_anndata_of_visium_is_spots(tissue, tmp_path):
     source = platforms.read(tmp_path / "visium.h5ad")
     assert np.allclose(source.spots.centres_um, direct.spots.centres_um)
     assert (source.spots.counts.X != direct.spots.counts.X).nnz == 0
-    expected = direct.picture.um_per_px / factors["tissue_hires_scalef"]
-    assert source.picture.um_per_px == pytest.approx(expected, rel=1e-3)
+    expected = direct.image.um_per_px / factors["tissue_hires_scalef"]
+    assert source.image.um_per_px == pytest.approx(expected, rel=1e-3)
 
 
 def test_nothing_known_is_refused(tmp_path):

@@ -1,5 +1,8 @@
 """The simulator: its truth is its files' truth, and scverse reads its folders."""
 
+import runpy
+from pathlib import Path
+
 import h5py
 import numpy as np
 import pandas as pd
@@ -10,7 +13,7 @@ import tifffile
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-from stsr.simulate import render_he, simulate_tissue, write_transcripts, write_visium, write_xenium
+from stsr.simulate import render_he, simulate_tissue, write_visium, write_xenium
 from stsr.simulate.genes import CELL_TYPES, gene_table
 from stsr.simulate.visium import SPOT_UM
 
@@ -242,6 +245,8 @@ def test_visium_refuses_other_versions(tissue, tmp_path):
 
 
 def test_stream_of_transcripts(tmp_path):
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    write_transcripts = runpy.run_path(str(benchmarks / "stream.py"))["write_transcripts"]
     path = write_transcripts(tmp_path / "t.parquet", 25_000, 400, 300, genes=10, seed=5, row_group=10_000)
     again = write_transcripts(tmp_path / "u.parquet", 25_000, 400, 300, genes=10, seed=5, row_group=10_000)
     assert pq.ParquetFile(path).num_row_groups == 3

@@ -1,1 +1,1 @@
-"""Where things lie: grid, measurement and outlines; all arithmetic between um and bins. No input or output."""
+"""Geometry: grid, lattice, measurement and outlines; all arithmetic between um and bins. No input or output."""

@@ -1,20 +1,21 @@
-"""The grid: bins and their place in um. All arithmetic between micrometres and bins lives here."""
+"""The grid of bins and its place in um: all arithmetic between um and bins."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 LR_UM = 100.0
 """Pitch of the low-resolution raster: the spot distance of Visium."""
 
-_SNAP = 1e-6  # um; closer than this to a bin edge is on the edge
+_SNAP = 1e-6  # um; points closer than this to a bin edge lie on it
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A raster of square bins in the section's plane.
+    """A raster of square bins in the plane of the section.
 
     Bin ``(row, column)`` covers ``[x0_um + column * bin_um, x0_um + (column + 1) * bin_um)`` and the same in y,
     so whole-number bin coordinates are bin *corners* and centres lie at halves.
@@ -50,14 +51,14 @@ class Grid:
     def covering(
         cls, bounds_um: tuple[float, float, float, float], bin_um: float, lr_um: float = LR_UM
     ) -> Grid:
-        """The smallest grid over ``(x0, y0, x1, y1)`` made of whole low-resolution pixels.
+        """The smallest grid of whole low-resolution pixels over ``(x0, y0, x1, y1)``.
 
-        It starts at the bounds' own corner: sections keep their origin, wherever the instrument put it.
+        It starts at the corner (x0, y0).
 
         Raises
         ------
         ValueError
-            If bins do not nest in the low-resolution pixel.
+            If the low-resolution pixel is not a multiple of the bin.
         """
         per_lr = bins_per_lr(bin_um, lr_um)
         x0, y0, x1, y1 = bounds_um
@@ -85,8 +86,8 @@ class Grid:
         """Affine (3, 3) from (column, row, 1) in bins to (x, y, 1) in um."""
         return np.array([[self.bin_um, 0, self.x0_um], [0, self.bin_um, self.y0_um], [0, 0, 1.0]])
 
-    def rows_columns(self, x_um, y_um) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Bin of each point.
+    def rows_columns(self, x_um: ArrayLike, y_um: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Find the bin of each point.
 
         Parameters
         ----------
@@ -96,7 +97,8 @@ class Grid:
         Returns
         -------
         rows, columns, inside
-            Indices (n,) as int64 and whether each point lies in the grid; indices outside are meaningless.
+            Indices (n,) int64, and whether each point lies in the grid (n,) bool. Indices of points outside are
+            meaningless.
         """
         columns = np.floor((np.asarray(x_um, dtype=np.float64) - self.x0_um) / self.bin_um).astype(np.int64)
         rows = np.floor((np.asarray(y_um, dtype=np.float64) - self.y0_um) / self.bin_um).astype(np.int64)
@@ -127,7 +129,7 @@ class Grid:
         return Grid(self.x0_um, self.y0_um, float(bin_um), round(height), round(width))
 
     def window(self, row: int, column: int, height: int, width: int) -> Grid:
-        """The grid of a window whose first bin is (row, column); it may stick out."""
+        """The grid of a window whose first bin is (row, column); it may extend beyond this grid."""
         return Grid(
             self.x0_um + column * self.bin_um,
             self.y0_um + row * self.bin_um,
@@ -137,12 +139,12 @@ class Grid:
         )
 
     def offset_of(self, other: Grid) -> tuple[int, int]:
-        """Row and column, here, of the first bin of ``other``.
+        """Row and column in this grid of the first bin of ``other``.
 
         Raises
         ------
         ValueError
-            If the two grids' bins do not coincide.
+            If the bins of the two grids do not coincide.
         """
         column = (other.x0_um - self.x0_um) / self.bin_um
         row = (other.y0_um - self.y0_um) / self.bin_um
@@ -152,12 +154,12 @@ class Grid:
         return round(row), round(column)
 
     def crop_um(self, x0: float, y0: float, x1: float, y1: float, lr_um: float = LR_UM) -> Grid:
-        """The window of whole low-resolution pixels that covers a region (um), clipped to the grid.
+        """The window of whole low-resolution pixels that covers a region, um, clipped to the grid.
 
         Raises
         ------
         ValueError
-            If the region does not meet the grid.
+            If the region does not overlap the grid.
         """
         per_lr = bins_per_lr(self.bin_um, lr_um)
         first_column = int(np.clip(np.floor((x0 - self.x0_um) / lr_um + _SNAP), 0, self.width // per_lr))
@@ -175,12 +177,12 @@ class Grid:
 
 
 def bins_per_lr(bin_um: float, lr_um: float = LR_UM) -> int:
-    """How many bins make one low-resolution pixel, along a side.
+    """Number of bins along a side of a low-resolution pixel.
 
     Raises
     ------
     ValueError
-        If the bins do not nest.
+        If the pixel is not a multiple of the bin.
     """
     per_lr = lr_um / bin_um
     if abs(per_lr - round(per_lr)) > _SNAP or round(per_lr) < 1:
@@ -191,7 +193,7 @@ def bins_per_lr(bin_um: float, lr_um: float = LR_UM) -> int:
 def add_up(values: np.ndarray, factor: int) -> np.ndarray:
     """Sum blocks of ``factor`` x ``factor`` bins: (..., y, x) -> (..., y / factor, x / factor).
 
-    Works for numpy arrays and torch tensors alike: counts at 10 um become counts at 20 um exactly.
+    For numpy arrays and torch tensors. Counts at 10 um become exact counts at 20 um.
     """
     if factor == 1:
         return values

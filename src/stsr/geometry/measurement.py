@@ -1,7 +1,8 @@
-"""How bins add up to spots: a sparse matrix that simulates spots, draws them as a raster and keeps maps honest."""
+"""The measurement: how bins add up to spots, as a sparse matrix that simulates and rasterises spots."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,14 +11,14 @@ import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
 from stsr.geometry.grid import LR_UM, Grid
+from stsr.geometry.lattice import VISIUM_PITCH_UM, VISIUM_SPOT_UM, hexagonal_lattice, median_pitch
 
-VISIUM_SPOT_UM = 55.0
-VISIUM_PITCH_UM = 100.0
 _SUBSAMPLES = 16  # per side of a bin, for the part of a bin that a disc covers: good to 0.4 % of a bin
 _NEIGHBOURS = 6  # spots that speak for a bin between them: the sides of a hexagon
 _SHARE_REACH = 1.2  # of the spot pitch: how far from a spot its correction is felt
 _SHARED = 0.5
 _REACH = 0.75  # of the spot pitch: how far a spot speaks for its surroundings; over half a square's diagonal
+_POINTS = 2**20  # bins whose nearest spots are searched at once, for bounded memory
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Measurement:
     grid
         The bins.
     matrix
-        A (spots, bins), in [0, 1]: which part of each bin a spot sees. Bins are in row-major order.
+        A (spots, bins), in [0, 1]: share of each bin's area that a spot covers. Bins are in row-major order.
     centres_um
         Spot centres (spots, 2) as x, y, um.
     """
@@ -40,7 +41,7 @@ class Measurement:
 
     @classmethod
     def squares(cls, grid: Grid, centres_um: np.ndarray | None = None, side_um: float = LR_UM) -> Measurement:
-        """Square spots side by side: the papers' simulation when ``centres_um`` is not given."""
+        """Square spots; side by side over the whole grid if ``centres_um`` is not given."""
         if centres_um is None:
             x, y = grid.at(side_um).centres_um()
             centres_um = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
@@ -50,7 +51,7 @@ class Measurement:
 
     @classmethod
     def discs(cls, grid: Grid, centres_um: np.ndarray, diameter_um: float = VISIUM_SPOT_UM) -> Measurement:
-        """Round spots, as Visium (55 um) and first-generation ST (100 um) have them."""
+        """Round spots, as of Visium (55 um) and first-generation ST (100 um)."""
         return cls(
             grid, _coverage(grid, centres_um, _disc_fraction, diameter_um), np.asarray(centres_um, float)
         )
@@ -59,7 +60,7 @@ class Measurement:
     def hexagonal(
         cls, grid: Grid, pitch_um: float = VISIUM_PITCH_UM, diameter_um: float = VISIUM_SPOT_UM
     ) -> Measurement:
-        """Visium's lattice laid over the grid, with the spots that lie in it whole."""
+        """Visium's hexagonal lattice over the grid, with the spots that lie wholly inside."""
         return cls.discs(grid, hexagonal_lattice(grid.bounds_um, pitch_um, diameter_um), diameter_um)
 
     @property
@@ -69,30 +70,21 @@ class Measurement:
 
     @cached_property
     def bins_seen(self) -> np.ndarray:
-        """How many bins each spot sees, as area (spots,): its size in the grid; 0 for spots outside."""
+        """Area of each spot inside the grid, in bins (spots,); 0 for spots outside."""
         return np.asarray(self.matrix.sum(1)).ravel()
 
     @cached_property
     def pitch_um(self) -> float:
-        """Distance between neighbouring spots, um."""
-        if self.spots < 2:
-            return LR_UM
-        distance, _ = cKDTree(self.centres_um).query(self.centres_um, k=2)
-        return float(np.median(distance[:, 1]))
+        """Distance between neighbouring spots, um; 100 for a single spot."""
+        return median_pitch(self.centres_um) or LR_UM
 
     @cached_property
     def nearest(self) -> np.ndarray:
-        """The spot that speaks for each bin (height, width), -1 where none is near enough."""
-        x, y = self.grid.centres_um()
-        points = np.stack(np.meshgrid(x, y), axis=-1)  # (height, width, 2)
-        if not self.spots:
-            return np.full(self.grid.shape, -1)
-        reach = _REACH * self.pitch_um
-        distance, index = cKDTree(self.centres_um).query(points, distance_upper_bound=reach)
-        return np.where(np.isfinite(distance), index, -1)
+        """Index of the nearest spot of each bin; see `nearest_spot`."""
+        return nearest_spot(self.grid, self.centres_um)
 
     def add_up(self, maps: np.ndarray) -> np.ndarray:
-        """What each spot would measure: maps (g, height, width) of counts -> (spots, g)."""
+        """Sum maps of counts over spots: (g, height, width) -> (spots, g)."""
         flat = maps.reshape(len(maps), -1)  # (g, bins)
         return self.matrix @ flat.T
 
@@ -196,11 +188,11 @@ class Measurement:
         spots = np.flatnonzero((inside > 0) & (inside >= self.bins_seen * (1 - 1e-6)))
         return Measurement(grid, part[spots], self.centres_um[spots]), spots
 
-    def raster(self, counts, lr_um: float = LR_UM) -> tuple[np.ndarray, np.ndarray]:
-        """Spots drawn as the low-resolution raster that networks read.
+    def raster(self, counts: np.ndarray | sp.spmatrix, lr_um: float = LR_UM) -> tuple[np.ndarray, np.ndarray]:
+        """Rasterise spots to the low-resolution pixels that networks read.
 
-        Every bin takes the density of the spot that speaks for it, and low-resolution pixels average over their
-        bins: for square spots this is the counts themselves, for discs the counts a whole pixel would have had.
+        Every bin takes the density of its nearest spot, and low-resolution pixels average over their bins. For square
+        spots these are the counts themselves; for discs the counts that a whole pixel would have had.
 
         Parameters
         ----------
@@ -210,8 +202,8 @@ class Measurement:
         Returns
         -------
         lr, mask
-            Counts per low-resolution pixel (g, h, w) float32; part of the pixel that any spot speaks for
-            (1, h, w) float32. Where the mask is 0, lr is 0.
+            Counts per low-resolution pixel (g, h, w) float32; share of the pixel near any spot (1, h, w) float32.
+            Where the mask is 0, lr is 0.
         """
         weights, mask = self._raster_weights(lr_um)
         lr = np.asarray(
@@ -226,7 +218,7 @@ class Measurement:
         pixel = (rows // per_lr) * coarse.width + columns // per_lr
         spot = self.nearest.ravel()
         spoken = spot >= 0
-        # Spots that stick out of the grid still measured with their whole area.
+        # Spots that extend beyond the grid measured with their whole area.
         area = np.maximum(self.bins_seen, self.bins_seen.max(initial=1.0))
         share = sp.coo_matrix(
             (1.0 / area[spot[spoken]], (pixel.ravel()[spoken], spot[spoken])),
@@ -239,26 +231,25 @@ class Measurement:
         return sp.diags(scale) @ share, covered.reshape(coarse.shape)
 
 
-def hexagonal_lattice(
-    bounds_um: tuple[float, float, float, float],
-    pitch_um: float = VISIUM_PITCH_UM,
-    diameter_um: float = VISIUM_SPOT_UM,
-) -> np.ndarray:
-    """Centres (n, 2) of a hexagonal lattice whose discs lie inside the bounds, row by row, um."""
-    x0, y0, x1, y1 = bounds_um
-    radius = diameter_um / 2
-    ys = np.arange(y0 + radius, y1 - radius + 1e-9, pitch_um * np.sqrt(3) / 2)
-    rows = []
-    for number, y in enumerate(ys):
-        xs = np.arange(x0 + radius + (number % 2) * pitch_um / 2, x1 - radius + 1e-9, pitch_um)
-        rows.append(np.stack([xs, np.full_like(xs, y)], axis=1))
-    return np.concatenate(rows) if rows else np.zeros((0, 2))
+def nearest_spot(grid: Grid, centres_um: np.ndarray) -> np.ndarray:
+    """Index (height, width) of the spot nearest to each bin's centre, -1 beyond 0.75 of the spot pitch."""
+    nearest = np.full(grid.shape, -1)
+    if not len(centres_um):
+        return nearest
+    x, y = grid.centres_um()
+    tree, reach = cKDTree(centres_um), _REACH * (median_pitch(centres_um) or LR_UM)
+    step = max(1, _POINTS // grid.width)
+    for top in range(0, grid.height, step):
+        points = np.stack(np.meshgrid(x, y[top : top + step]), axis=-1)  # (rows, width, 2)
+        distance, index = tree.query(points, distance_upper_bound=reach)
+        nearest[top : top + step] = np.where(np.isfinite(distance), index, -1)
+    return nearest
 
 
 def _square_fraction(dx: np.ndarray, dy: np.ndarray, bin_um: float, side_um: float) -> np.ndarray:
-    """Part of a bin at (dx, dy) from a square's centre that the square covers, exactly."""
+    """Share of a bin at (dx, dy) from a square's centre that the square covers, exactly."""
 
-    def overlap(d):
+    def overlap(d: np.ndarray) -> np.ndarray:
         return np.clip(
             np.minimum(d + bin_um / 2, side_um / 2) - np.maximum(d - bin_um / 2, -side_um / 2), 0, None
         )
@@ -267,17 +258,19 @@ def _square_fraction(dx: np.ndarray, dy: np.ndarray, bin_um: float, side_um: flo
 
 
 def _disc_fraction(dx: np.ndarray, dy: np.ndarray, bin_um: float, diameter_um: float) -> np.ndarray:
-    """Part of a bin at (dx, dy) from a disc's centre that the disc covers, by subsampling."""
+    """Share of a bin at (dx, dy) from a disc's centre that the disc covers, by subsampling."""
     offsets = ((np.arange(_SUBSAMPLES) + 0.5) / _SUBSAMPLES - 0.5) * bin_um
     covered = np.zeros(dx.shape, np.float32)
-    for offset_y in offsets:  # a loop over one axis keeps memory at one axis
+    for offset_y in offsets:  # a loop over one axis limits memory
         inside = (dx[..., None] + offsets) ** 2 + (dy[..., None] + offset_y) ** 2 <= (diameter_um / 2) ** 2
         covered += inside.sum(-1)
     return covered / _SUBSAMPLES**2
 
 
-def _coverage(grid: Grid, centres_um: np.ndarray, fraction, size_um: float) -> sp.csr_matrix:
-    """A (spots, bins) from a function that gives the covered part of a bin at an offset from a spot's centre."""
+def _coverage(
+    grid: Grid, centres_um: np.ndarray, fraction: Callable[..., np.ndarray], size_um: float
+) -> sp.csr_matrix:
+    """A (spots, bins) from a function that gives the covered share of a bin at an offset from a spot's centre."""
     centres = np.asarray(centres_um, dtype=float).reshape(-1, 2)
     reach = int(np.ceil(size_um / 2 / grid.bin_um)) + 1
     around = np.arange(-reach, reach + 1)

@@ -1,39 +1,45 @@
-"""Outlines of cells: from vertices, circles and label images to valid polygons."""
+"""Outlines of cells: valid polygons from vertices, circles and label images."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
 
 from stsr.errors import StsrError
 
+if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
+
 _DISC_SEGMENTS = 16  # per quarter of a circle
 _STRIP = 1024  # rows of a label image traced together
 
 
-def traced(labels, px_to_um: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Outlines of a label image along the edges of its pixels, so that areas are exactly those of the pixels.
+def traced(labels: Any, px_to_um: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Trace the labels of an image along pixel edges, so that areas are exactly those of the pixels.
 
     Parameters
     ----------
     labels
-        (h, w) whole numbers, numpy or zarr; 0 is outside.
+        (h, w) integers, numpy or zarr; 0 is background.
     px_to_um
         Affine (3, 3).
 
     Returns
     -------
     ids, outlines
-        Labels (n,) ascending and their outlines (n,), um.
+        Labels (n,) in ascending order and their outlines (n,), um.
 
     Raises
     ------
     StsrError
-        If it is no image of whole numbers.
+        If it is not a plane of integers.
     """
     if len(labels.shape) != 2 or np.dtype(labels.dtype).kind not in "iu":
-        raise StsrError("a label image is one plane of whole numbers; save cells as integers, 0 outside")
-    values, boxes = [], []
+        raise StsrError("a label image must be one plane of integers; save cells as integers, 0 outside")
+    values: list[np.ndarray] = []
+    boxes: list[np.ndarray] = []
     for top in range(0, labels.shape[0], _STRIP):
         strip = np.asarray(labels[top : top + _STRIP])
         begins = np.ones(strip.shape, bool)
@@ -53,9 +59,21 @@ def traced(labels, px_to_um: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rings(ids: np.ndarray, xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and outlines (n,) from vertices (v, 2) and the ids (v,) of their cells.
+    """Make outlines of cells from vertices.
 
-    A run of rows of one cell is a ring; a cell may have several.
+    Consecutive vertices of one cell are a ring; a cell may have several.
+
+    Parameters
+    ----------
+    ids
+        Cell of each vertex (v,).
+    xy
+        Vertices (v, 2).
+
+    Returns
+    -------
+    ids, outlines
+        Cells and their outlines (n,).
     """
     ring = np.concatenate([[0], np.cumsum(ids[1:] != ids[:-1])])
     enough = np.bincount(ring)[ring] >= 3  # fewer vertices enclose nothing
@@ -67,8 +85,8 @@ def rings(ids: np.ndarray, xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids[enough][first], outlines
 
 
-def areas(geometry) -> np.ndarray:
-    """Polygons as they are; points with a radius as polygons of the disc's area."""
+def areas(geometry: GeoDataFrame) -> np.ndarray:
+    """Outlines (n,): polygons unchanged, points with a radius as polygons with the area of the disc."""
     outlines = geometry.geometry.to_numpy()
     if "radius" not in geometry:
         return np.asarray(outlines, dtype=object)
@@ -78,18 +96,18 @@ def areas(geometry) -> np.ndarray:
 
 
 def moved(outlines: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Outlines (n,) after an affine (3, 3) on (x, y, 1)."""
+    """Transform outlines (n,) by an affine (3, 3) on (x, y, 1)."""
     return shapely.transform(outlines, lambda xy: xy @ affine[:2, :2].T + affine[:2, 2])
 
 
-def polygonal(shape):
-    """The areas of a geometry: mended outlines may come with loose lines."""
+def polygonal(shape: shapely.Geometry) -> shapely.Geometry:
+    """The polygons of a geometry, without the lines and points that `shapely.make_valid` may leave."""
     parts = shapely.get_parts(shape)
     return shapely.union_all(parts[shapely.get_dimensions(parts) == 2])
 
 
 def united(parts: np.ndarray, cell: np.ndarray) -> np.ndarray:
-    """One geometry of each cell's parts; ``cell`` are indices 0, 1, ... of the parts."""
+    """Unite the parts of each cell; ``cell`` is the index (0, 1, ...) of each part's cell."""
     order = np.argsort(cell, kind="stable")
     starts = np.flatnonzero(np.diff(cell[order])) + 1
     valid = shapely.make_valid(parts[order])

@@ -1,9 +1,8 @@
-"""H&E files: opened lazily, placed by their alignment, and checked against what was measured."""
+"""H&E files: lazy pixels, alignments, and checks of the pixel size."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,85 +10,23 @@ import numpy as np
 
 from stsr.errors import StsrError
 from stsr.files import reading
-from stsr.geometry.grid import Grid
+from stsr.histology.image import um_per_px_of
 
 TIFF_ENDINGS = (".tif", ".tiff", ".btf", ".svs", ".ndpi", ".qptiff", ".scn")
-_UM_PER_PX = (0.05, 60.0)  # from a 100x objective to an overview on which a spot is two pixels
-_UNEQUAL_SIDES = 1.25  # of a pixel: real scanners stay below 1.01, registrations below 1.1
+_UM_PER_PX = (0.05, 60.0)  # from a 100x objective to an overview with spots of two pixels
+_UNEQUAL_SIDES = 1.25  # ratio of the sides of a pixel: below 1.01 for scanners, below 1.1 for registrations
 _UNIT_UM = {"µm": 1.0, "um": 1.0, "μm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
 _CHUNK = 1024
-_CONTRADICTION = 1.2  # between the file's own pixel size and the one that its alignment implies
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An H&E image and its place.
-
-    Parameters
-    ----------
-    levels
-        Lazy arrays (3, y, x) of uint8 (dask), finest first.
-    px_to_um
-        Affine (3, 3) from (column, row, 1) of the finest level to (x, y, 1) in um; pixel i spans [i, i + 1).
-    path
-        Where it was read.
-    """
-
-    levels: list[Any]
-    px_to_um: np.ndarray
-    path: Path | None = None
-
-    @property
-    def um_per_px(self) -> float:
-        """Side of a pixel of the finest level, um."""
-        return um_per_px_of(self.px_to_um)
-
-    @property
-    def bounds_um(self) -> tuple[float, float, float, float]:
-        """(x0, y0, x1, y1) of its corners, um."""
-        return self._image().bounds_um
-
-    def overview(self, um_per_px: float) -> Picture:
-        """A small copy in memory, so that looking at it again and again costs nothing."""
-        own = self.um_per_px
-        _, height, width = self.levels[0].shape
-        size = max(um_per_px, own)
-        shape = max(1, round(height * own / size)), max(1, round(width * own / size))
-        grid = Grid(0.0, 0.0, size, *shape)
-        small = Picture(self.levels, scaling(own)).on(grid)
-        return Picture([small], self.px_to_um @ scaling(size / own))
-
-    def on(self, grid: Grid) -> np.ndarray:
-        """The image drawn on a grid: (3, height, width) uint8."""
-        return self._image().read(grid)
-
-    def covered(self, grid: Grid) -> np.ndarray:
-        """Which bins the image covers: (height, width) bool."""
-        return np.asarray(self._image().covered(grid)) > 0.5
-
-    def _image(self):
-        from stsr.histology.image import Image
-
-        return Image(self.levels, self.px_to_um)
-
-
-def um_per_px_of(px_to_um: np.ndarray) -> float:
-    """Side of a pixel, um: the root of the area that the affine gives it."""
-    return float(np.sqrt(abs(np.linalg.det(px_to_um[:2, :2]))))
-
-
-def scaling(um_per_px: float) -> np.ndarray:
-    """Affine (3, 3) of an image whose corner is the origin."""
-    return np.diag([um_per_px, um_per_px, 1.0])
+_CONTRADICTION = 1.2  # ratio of the file's own pixel size and that of its alignment
 
 
 def read_alignment(path: Path) -> np.ndarray:
-    """A 3 x 3 (or 2 x 3) affine from a csv.
+    """Read a 3 x 3 (or 2 x 3) affine from a csv file.
 
     Raises
     ------
     StsrError
-        If the file does not hold one that can be inverted.
+        If the file holds no affine, or one that cannot be inverted.
     """
     with reading(path):
         rows = [line for line in path.read_text().replace(";", ",").splitlines() if line.strip()]
@@ -102,7 +39,7 @@ def read_alignment(path: Path) -> np.ndarray:
     ok = matrix.shape == (3, 3) and np.isfinite(matrix).all() and np.allclose(matrix[2], [0, 0, 1], atol=1e-9)
     if not ok or abs(np.linalg.det(matrix)) < 1e-12:
         raise StsrError(
-            f"{path} is not an affine alignment; export 3 rows of 3 numbers, the last one being 0,0,1"
+            f"{path} is not an affine alignment; it must hold 3 rows of 3 numbers, the last row being 0,0,1"
         )
     return matrix
 
@@ -113,7 +50,8 @@ def open_levels(path: Path) -> tuple[list[Any], float | None]:
     Returns
     -------
     levels, um_per_px
-        Lazy arrays (3, y, x) uint8, finest first, and the pixel size that the file itself tells, or None.
+        Lazy arrays (3, y, x) uint8, finest first, and the pixel size in the file's own metadata, or None. Pixels that
+        turn out to be damaged raise StsrError when they are read.
 
     Raises
     ------
@@ -129,12 +67,21 @@ def open_levels(path: Path) -> tuple[list[Any], float | None]:
 
 
 def check_pixel(px_to_um: np.ndarray, named_um: float | None, what: str) -> None:
-    """Refuse a pixel size that no slide scanner has, or that contradicts the image's own.
+    """Refuse a pixel size that no slide scanner has, or that contradicts the image's metadata.
+
+    Parameters
+    ----------
+    px_to_um
+        Affine (3, 3) from pixels to um.
+    named_um
+        Pixel size in the image's metadata, um, or None.
+    what
+        Name of the image, for the message.
 
     Raises
     ------
     StsrError
-        Naming both sizes and what to do.
+        If the pixel size is implausible, pixels are far from square, or the two sizes differ by more than 20 %.
     """
     size = um_per_px_of(px_to_um)
     if not _UM_PER_PX[0] <= size <= _UM_PER_PX[1]:
@@ -149,7 +96,7 @@ def check_pixel(px_to_um: np.ndarray, named_um: float | None, what: str) -> None
     if named_um and max(size / named_um, named_um / size) > _CONTRADICTION:
         raise StsrError(
             f"{what} says {named_um:.4g} um per pixel but its alignment gives {size:.4g}; use the alignment made for "
-            f"this image, or say the true size with --um-per-px"
+            f"this image, or give the true size with --um-per-px"
         )
 
 
@@ -159,7 +106,7 @@ def _open_tiff(path: Path) -> tuple[list[Any], float | None]:
     import zarr
 
     with tifffile.TiffFile(path) as tiff:
-        series = max(tiff.series, key=lambda s: int(np.prod(s.shape)))  # beside it lie labels and thumbnails
+        series = max(tiff.series, key=lambda s: int(np.prod(s.shape)))  # the others are labels and thumbnails
         index = tiff.series.index(series)
         axes, count = series.axes, len(series.levels)
         um_per_px = _named_pixel(tiff)
@@ -168,15 +115,28 @@ def _open_tiff(path: Path) -> tuple[list[Any], float | None]:
     levels = []
     for level in range(count):
         store = tifffile.imread(path, aszarr=True, series=index, level=level)
-        array = da.from_array(zarr.open(store, mode="r"), chunks="auto")
+        pixels = _Guarded(zarr.open_array(store, mode="r"), path)
+        array = da.from_array(pixels, chunks="auto", name=False)
         array = array[tuple(slice(None) if axis in keep else 0 for axis in axes)]
         order = [keep.index(axis) for axis in keep if axis not in "YX"] + [keep.index("Y"), keep.index("X")]
         levels.append(array.transpose(order))  # (c, y, x)
     return levels, um_per_px
 
 
-def _check_not_cut(tiff, path: Path) -> None:
-    """tifffile opens a file whose pixels are cut off; say so now rather than in the middle of writing."""
+class _Guarded:
+    """A zarr array of a file's pixels; damage found while reading raises a `StsrError` that names the file."""
+
+    def __init__(self, array: Any, path: Path):
+        self._array, self._path = array, path
+        self.shape, self.dtype, self.chunks, self.ndim = array.shape, array.dtype, array.chunks, array.ndim
+
+    def __getitem__(self, window: Any) -> np.ndarray:
+        with reading(self._path):
+            return self._array[window]
+
+
+def _check_not_cut(tiff: Any, path: Path) -> None:
+    """Refuse a TIFF file that ends before its pixels do: tifffile would open it, and fail while pixels are read."""
     size = path.stat().st_size
     for page in tiff.pages:
         ends = np.add(page.dataoffsets, page.databytecounts) if page.dataoffsets else [0]
@@ -184,8 +144,8 @@ def _check_not_cut(tiff, path: Path) -> None:
             raise OSError("its pixels end before they should")
 
 
-def _named_pixel(tiff) -> float | None:
-    """The pixel size in um that OME metadata tell; 1.0 exactly is what writers put who do not know."""
+def _named_pixel(tiff: Any) -> float | None:
+    """Pixel size in um from OME metadata; exactly 1.0 is a placeholder for an unknown size."""
     if not tiff.ome_metadata:
         return None
     size = re.search(r'PhysicalSizeX="([^"]+)"', tiff.ome_metadata)
@@ -196,18 +156,27 @@ def _named_pixel(tiff) -> float | None:
     return float(size[1]) * factor
 
 
-def _open_plain(path: Path):
+def _open_plain(path: Path) -> Any:
     import dask.array as da
     from PIL import Image as PillowImage
 
-    PillowImage.MAX_IMAGE_PIXELS = None  # scans of slides are larger than Pillow's limit against attacks
+    PillowImage.MAX_IMAGE_PIXELS = None  # slide scans exceed Pillow's limit against decompression bombs
     with PillowImage.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
     return da.from_array(pixels, chunks=(_CHUNK, _CHUNK, 3)).transpose(2, 0, 1)
 
 
-def as_level(pixels, path: Path, axes: str = "yxc"):
-    """One level (3, y, x) of uint8, lazy, of an array of pixels of 8 or 16 bits or from 0 to 1.
+def as_level(pixels: Any, path: Path, axes: str = "yxc") -> Any:
+    """Convert an array of pixels to one level of an image: lazy, (3, y, x) uint8.
+
+    Parameters
+    ----------
+    pixels
+        numpy or dask array with three or four channels: 8 bit, 16 bit, or float in 0..1.
+    path
+        File, for the message.
+    axes
+        ``"yxc"`` or ``"cyx"``.
 
     Raises
     ------

@@ -1,9 +1,11 @@
-"""The H&E image in micrometres: any affine, any pyramid, read window by window in bounded memory."""
+"""The H&E image in um: any affine, any pyramid, read window by window in bounded memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,11 +17,26 @@ _MARGIN = 4  # averaged pixels around a window: one for the interpolation, two f
 _SLACK = 1e-6  # px or bins; rounding of affines
 
 
+class Pixels(Protocol):
+    """An array of pixels (numpy, zarr, dask or `stsr.store.arrays.StoredArray`), sliced as numpy slices."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each axis."""
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the values."""
+
+    def __getitem__(self, window: Any) -> Any:
+        """The pixels of a window."""
+
+
 @dataclass(frozen=True)
 class _Level:
-    """One resolution: the array, its number of pixels, and um -> its pixels."""
+    """One resolution: the array, its number of pixels, and the affine from um to its pixels."""
 
-    array: object
+    array: Pixels
     height: int
     width: int
     um_to_px: np.ndarray
@@ -27,46 +44,49 @@ class _Level:
 
 
 class Image:
-    """An H&E image with its place in the section.
+    """An H&E image and its place in the section.
 
     Pixel ``i`` spans ``[i, i + 1)``: its centre is at ``i + 0.5``. This is the convention of Xenium's alignment files
-    and of SpatialData.
+    and of SpatialData. Nothing is read until it is asked for.
 
     Parameters
     ----------
     levels
-        Arrays from fine to coarse (numpy, zarr or dask; anything sliced like numpy with a shape and a dtype), all of
-        the same area. 8 bit, 16 bit or float in 0..1; three or four channels (the fourth is left out) or one (grey).
+        Arrays from fine to coarse, all of the same area. 8 bit, 16 bit or float in 0..1; three or four channels (the
+        fourth is ignored) or one (grey).
     px_to_um
-        Affine (3, 3) from (x, y, 1) in pixels of ``levels[0]`` to (x, y, 1) in um. Mirrored, turned and sheared ones
-        are welcome.
+        Affine (3, 3) from (x, y, 1) in pixels of ``levels[0]`` to (x, y, 1) in um. It may mirror, rotate and shear.
     axes
-        ``"cyx"`` or ``"yxc"`` (as TIFF files mostly are), or ``"yx"``.
+        ``"cyx"`` or ``"yxc"`` (as in most TIFF files), or ``"yx"``.
+    path
+        File that the image comes from, if any.
 
     Raises
     ------
     StsrError
-        If the affine cannot be inverted, or the arrays are no image.
+        If the affine cannot be inverted, or the arrays are not an image.
     """
 
-    def __init__(self, levels, px_to_um: np.ndarray, axes: str = "cyx"):
+    def __init__(
+        self, levels: Sequence[Pixels], px_to_um: np.ndarray, axes: str = "cyx", path: Path | None = None
+    ):
         if not levels or any(len(level.shape) != len(axes) for level in levels):
             raise StsrError(f"an image needs arrays with axes {axes}; check the image file")
         self.px_to_um = np.asarray(px_to_um, dtype=np.float64)
         determinant = np.linalg.det(self.px_to_um[:2, :2]) if self.px_to_um.shape == (3, 3) else 0.0
         if not np.isfinite(self.px_to_um).all() or abs(determinant) < 1e-12:
-            raise StsrError(
-                "the image's alignment does not give each pixel a place; check the alignment file"
-            )
+            raise StsrError("the alignment of the image cannot be inverted; check the alignment file")
+        self.levels = list(levels)
+        self.path = path
         self._axes = axes
         self.height, self.width = self._size(levels[0])
         self._levels = [self._level(array) for array in levels]
-        self._unit = _largest_value(self._levels[-1].array)
+        self._white = _white(levels[-1])
 
     @property
     def um_per_px(self) -> float:
-        """Side of a square of the same area as a pixel of the finest level, um."""
-        return float(np.sqrt(abs(np.linalg.det(self.px_to_um[:2, :2]))))
+        """Side of a square with the area of a pixel of the finest level, um."""
+        return um_per_px_of(self.px_to_um)
 
     @property
     def bounds_um(self) -> tuple[float, float, float, float]:
@@ -76,12 +96,24 @@ class Image:
         (x0, y0), (x1, y1) = corners.min(1), corners.max(1)
         return float(x0), float(y0), float(x1), float(y1)
 
+    def moved(self, px_to_um: np.ndarray) -> Image:
+        """The same pixels under another affine (3, 3) from pixels to um."""
+        return Image(self.levels, px_to_um, self._axes, self.path)
+
+    def overview(self, um_per_px: float) -> Image:
+        """A small copy in memory, for checks that sample the image many times."""
+        own = self.um_per_px
+        size = max(um_per_px, own)
+        shape = max(1, round(self.height * own / size)), max(1, round(self.width * own / size))
+        small = self.moved(scaling(own)).read(Grid(0.0, 0.0, size, *shape))
+        return Image([small], self.px_to_um @ scaling(size / own))
+
     def covered(self, grid: Grid) -> np.ndarray:
-        """Which bins (height, width) have their centre inside the image."""
+        """Bins whose centre lies inside the image: (height, width) bool."""
         x, y = grid.centres_um()
         return self.contains(x[None, :], y[:, None])
 
-    def contains(self, x_um, y_um) -> np.ndarray:
+    def contains(self, x_um: np.ndarray, y_um: np.ndarray) -> np.ndarray:
         """Whether points, um, lie inside the image; x and y broadcast."""
         (a, b, c), (d, e, f) = np.linalg.inv(self.px_to_um)[:2]
         u = a * np.asarray(x_um) + b * np.asarray(y_um) + c
@@ -89,7 +121,7 @@ class Image:
         return (u >= -_SLACK) & (u <= self.width + _SLACK) & (v >= -_SLACK) & (v <= self.height + _SLACK)
 
     def read(self, grid: Grid, fill: int = 255) -> np.ndarray:
-        """The image resampled on a grid.
+        """Resample the image on a grid.
 
         Where a bin is larger than a pixel, pixels are averaged over its area; where it is smaller, they are
         interpolated linearly. Only the needed window of the best level is read, block by block.
@@ -97,9 +129,9 @@ class Image:
         Parameters
         ----------
         grid
-            ``grid.bin_um`` is the wanted um per pixel.
+            ``grid.bin_um`` is the um per pixel of the result.
         fill
-            Value of bins outside the image: 255, the white of the slide.
+            Value of bins outside the image: 255 is the white of the slide.
 
         Returns
         -------
@@ -118,23 +150,22 @@ class Image:
             np.copyto(rgb[:, rows, columns], values, where=inside)
         return rgb
 
-    def _size(self, array) -> tuple[int, int]:
+    def _size(self, array: Pixels) -> tuple[int, int]:
         y = self._axes.index("y")
         return int(array.shape[y]), int(array.shape[y + 1])
 
-    def _level(self, array) -> _Level:
+    def _level(self, array: Pixels) -> _Level:
         height, width = self._size(array)
         scale = np.diag([self.width / width, self.height / height, 1.0])
         to_um = self.px_to_um @ scale
-        um_per_px = float(np.sqrt(abs(np.linalg.det(to_um[:2, :2]))))
-        return _Level(array, height, width, np.linalg.inv(to_um), um_per_px)
+        return _Level(array, height, width, np.linalg.inv(to_um), um_per_px_of(to_um))
 
     def _level_for(self, bin_um: float) -> _Level:
         fine_enough = [level for level in self._levels if level.um_per_px <= bin_um * (1 + 1e-3)]
         return fine_enough[-1] if fine_enough else self._levels[0]
 
     def _sample(self, level: _Level, grid: Grid) -> np.ndarray:
-        """Values (3, height, width) in 0..255 at the bin centres, whatever lies outside replicating the edge."""
+        """Values (3, height, width) in 0..255 at the bin centres; beyond the image its edge is repeated."""
         from scipy.ndimage import map_coordinates
 
         x, y = grid.centres_um()
@@ -144,7 +175,7 @@ class Image:
         ratio = grid.bin_um / level.um_per_px  # pixels per bin, along a side
         block = _block_side(ratio, level.um_to_px)
         margin = _MARGIN * block
-        # The window starts where its blocks have the first bins' centres in their middle.
+        # Blocks start such that the first bins' centres lie in the middle of a block.
         top, left = (int(np.floor(at.min() - block / 2 + 0.5)) - margin for at in (v, u))
         height, width = int(np.ceil(v.max())) + margin - top, int(np.ceil(u.max())) + margin - left
         pixels = self._pixels(level, top, left, -(-height // block) * block, -(-width // block) * block)
@@ -155,17 +186,27 @@ class Image:
         )
 
     def _pixels(self, level: _Level, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """A window (3, height, width) in 0..255, the edge repeated where it sticks out."""
+        """A window (3, height, width) in 0..255; beyond the image its edge is repeated."""
         rows = np.clip((top, top + height), 0, level.height)
         columns = np.clip((left, left + width), 0, level.width)
         index = {"c": slice(None), "y": slice(*rows), "x": slice(*columns)}
         window = np.asarray(level.array[tuple(index[axis] for axis in self._axes)])
         window = _three_channels(window, self._axes)
-        if self._unit != 255:
-            window = window.astype(np.float32) * (255 / self._unit)
+        if self._white != 255:
+            window = window.astype(np.float32) * (255 / self._white)
         around_y = (rows[0] - top, top + height - rows[1])
         around_x = (columns[0] - left, left + width - columns[1])
         return np.pad(window, ((0, 0), around_y, around_x), mode="edge")
+
+
+def um_per_px_of(px_to_um: np.ndarray) -> float:
+    """Side of a pixel, um: the root of its area under the affine."""
+    return float(np.sqrt(abs(np.linalg.det(px_to_um[:2, :2]))))
+
+
+def scaling(um_per_px: float) -> np.ndarray:
+    """Affine (3, 3) of an image whose corner is the origin."""
+    return np.diag([um_per_px, um_per_px, 1.0])
 
 
 def _three_channels(window: np.ndarray, axes: str) -> np.ndarray:
@@ -176,8 +217,8 @@ def _three_channels(window: np.ndarray, axes: str) -> np.ndarray:
     return window[:3] if window.shape[0] >= 3 else np.repeat(window[:1], 3, axis=0)  # (3, y, x)
 
 
-def _largest_value(array) -> float:
-    """What white is in this image: 255, 65535, or 1 for floats that stay within 0..1."""
+def _white(array: Pixels) -> float:
+    """Value of white: 255, 65535, or 1 for floats within 0..1."""
     kind = np.dtype(array.dtype)
     if kind == np.uint8 or kind == np.bool_:
         return 255.0 if kind == np.uint8 else 1.0
@@ -193,9 +234,8 @@ def _average(pixels: np.ndarray, block: int) -> np.ndarray:
         return pixels.astype(np.float32)
     wide = np.uint32 if pixels.dtype.kind == "u" else np.float32
     rows = np.zeros((pixels.shape[0], pixels.shape[1] // block, pixels.shape[2]), wide)
-    for offset in range(
-        block
-    ):  # sums of strided views are several times faster than a mean over two short axes
+    # Sums of strided views are several times faster than a mean over two short axes.
+    for offset in range(block):
         rows += pixels[:, offset::block]
     total = np.zeros((*rows.shape[:2], rows.shape[2] // block), wide)
     for offset in range(block):
@@ -204,10 +244,10 @@ def _average(pixels: np.ndarray, block: int) -> np.ndarray:
 
 
 def _block_side(ratio: float, um_to_px: np.ndarray) -> int:
-    """How many pixels, along a side, to average before sampling at ``ratio`` pixels per bin.
+    """Side, in pixels, of the blocks to average before sampling at ``ratio`` pixels per bin.
 
-    Whole blocks are exact where bins are whole numbers of pixels along the image's own axes; else a third of a bin
-    leaves the rest of the averaging to `_smooth`, which knows fractions of pixels.
+    Blocks of a whole bin are exact where bins are whole numbers of pixels along the image's own axes. Otherwise blocks
+    are a third of a bin, and `_smooth`, which handles fractions of pixels, does the rest.
     """
     direction = np.abs(um_to_px[:2, :2]) / np.abs(um_to_px[:2, :2]).max()
     along_axes = max(direction[0, 1], direction[1, 0]) < 1e-4 or max(direction[0, 0], direction[1, 1]) < 1e-4
@@ -217,22 +257,22 @@ def _block_side(ratio: float, um_to_px: np.ndarray) -> int:
 
 
 def _smooth(pixels: np.ndarray, ratio: float) -> np.ndarray:
-    """Average over a square of ``ratio`` (below 5) pixels around each pixel, which keeps straight ramps as they are."""
+    """Average over a square of ``ratio`` (below 5) pixels around each pixel; linear ramps stay unchanged."""
     if ratio <= 1 + 1e-3:
         return pixels
     from scipy.ndimage import correlate1d
 
-    side = (ratio - 1) / 2  # how many pixels on either side lie in the square
+    side = (ratio - 1) / 2  # pixels of the square on either side
     steps = np.arange(1, int(np.ceil(side)) + 1)
-    arm = np.minimum(1.0, side - (steps - 1))  # the last pixel lies in it by a part
+    arm = np.minimum(1.0, side - (steps - 1))  # the last pixel lies in it in part
     weights = np.concatenate([arm[::-1], [1.0], arm]) / ratio
     return correlate1d(correlate1d(pixels, weights, axis=1), weights, axis=2)
 
 
 def _blocks(grid: Grid, level: _Level) -> Iterator[tuple[slice, slice]]:
-    """Squares of the grid whose source pixels fit in memory, however the image is turned."""
+    """Squares of the grid whose source pixels fit in memory, whatever the rotation of the image."""
     ratio = max(grid.bin_um / level.um_per_px, 1e-3)
-    side = int(np.sqrt(_BLOCK_BYTES / 6) / ratio)  # 3 channels, and twice the area when turned by 45 degrees
+    side = int(np.sqrt(_BLOCK_BYTES / 6) / ratio)  # 3 channels, and twice the area when rotated by 45 degrees
     side = int(np.clip(side, 16, 1024))
     for row in range(0, grid.height, side):
         for column in range(0, grid.width, side):

@@ -1,22 +1,28 @@
-"""Where there is tissue: a mask of bins."""
+"""Masks of bins: tissue, and the part of a section where a map may be believed."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 from scipy import ndimage
 
-from stsr.geometry.grid import Grid
-from stsr.geometry.measurement import Measurement
+from stsr.geometry.grid import Grid, add_up
+from stsr.geometry.measurement import nearest_spot
+from stsr.histology.image import Image
+
+SUPPORT_UM = 10.0
+"""Bin size at which support is decided; coarser bins follow from it."""
 
 _SMOOTH_UM = 20.0  # a cell and its neighbours: gaps between cells are tissue, gaps between pieces are not
-_PART_OF_TYPICAL = 0.05  # of the typical density where anything was found; background has ten times less
+_PART_OF_TYPICAL = 0.05  # of the typical density where anything was found; background has a tenth of this
 _SPREAD = 1.645  # sigmas that a straight edge moves outward at 5 % of the density inside
 _HOLE_UM2 = 100.0**2  # smaller holes are filled: a vessel's lumen still lies in tissue
 _SPECK_UM2 = 50.0**2  # smaller pieces are dirt
 
 
 def from_density(counts: np.ndarray, grid: Grid, apart_um: float = 0.0) -> np.ndarray:
-    """Tissue where transcripts lie densely.
+    """Tissue mask from the density of transcripts.
 
     Parameters
     ----------
@@ -25,7 +31,7 @@ def from_density(counts: np.ndarray, grid: Grid, apart_um: float = 0.0) -> np.nd
     grid
         The bins.
     apart_um
-        How far apart the places are where transcripts were written, if they are cells and not transcripts.
+        Distance between cells, where transcripts are known by their cell's position only.
 
     Returns
     -------
@@ -37,7 +43,7 @@ def from_density(counts: np.ndarray, grid: Grid, apart_um: float = 0.0) -> np.nd
     found = np.flatnonzero(counts)
     if not len(found):
         return np.zeros(grid.shape, bool)
-    # The count-weighted median is the density a transcript sees: empty glass does not pull it down.
+    # The count-weighted median is the density around a transcript: empty glass does not lower it.
     density, weight = smooth.ravel()[found], counts.ravel()[found]
     order = np.argsort(density)
     weight = np.cumsum(weight[order])
@@ -46,13 +52,13 @@ def from_density(counts: np.ndarray, grid: Grid, apart_um: float = 0.0) -> np.nd
     return _tidy(_shrink(dense, _SPREAD * sigma), grid.bin_um)
 
 
-def from_spots(measurement: Measurement) -> np.ndarray:
-    """Tissue where a measured spot speaks for the bin: (height, width) bool."""
-    return measurement.nearest >= 0
+def from_spots(grid: Grid, centres_um: np.ndarray) -> np.ndarray:
+    """Tissue mask from the centres (n, 2) of spots, um: bins near a spot, (height, width) bool."""
+    return nearest_spot(grid, centres_um) >= 0
 
 
 def from_image(rgb: np.ndarray, bin_um: float) -> np.ndarray:
-    """Tissue where the image is stained.
+    """Tissue mask from the staining of an image.
 
     Parameters
     ----------
@@ -70,19 +76,61 @@ def from_image(rgb: np.ndarray, bin_um: float) -> np.ndarray:
 
     stain = darkness(rgb)
     stain = ndimage.gaussian_filter(stain, _SMOOTH_UM / 2 / bin_um)
-    if np.ptp(stain) < 0.05:  # a blank slide has no two classes to part
+    if np.ptp(stain) < 0.05:  # Otsu's threshold needs two classes; a blank slide has one
         return np.zeros(stain.shape, bool)
     # Half of Otsu's value: pale stroma is tissue too.
     return _tidy(stain > 0.5 * threshold_otsu(stain), bin_um)
 
 
+def supported(
+    grid: Grid,
+    image: Image | None,
+    tissue: Callable[[Grid], np.ndarray] | None,
+    centres_um: np.ndarray | None,
+) -> np.ndarray:
+    """Bins where a map may be believed.
+
+    A bin counts if the H&E covers it, it lies in tissue, and a spot is near. Bins that are multiples of `SUPPORT_UM`
+    count if at least half of their area does.
+
+    Parameters
+    ----------
+    grid
+        The bins.
+    image
+        The H&E.
+    tissue
+        Gives the tissue mask (height, width) on a grid.
+    centres_um
+        Spot centres (n, 2) as x, y, um. Each of image, tissue and spots is None where the section has none, and then
+        is no condition.
+
+    Returns
+    -------
+    mask
+        (height, width) bool.
+    """
+    factor = round(grid.bin_um / SUPPORT_UM)
+    if factor > 1 and abs(factor * SUPPORT_UM - grid.bin_um) < 1e-6:
+        fine = supported(grid.at(SUPPORT_UM), image, tissue, centres_um)
+        return 2 * add_up(fine.astype(np.int64), factor) >= factor**2
+    mask = np.ones(grid.shape, bool)
+    if image is not None:
+        mask &= image.covered(grid)
+    if tissue is not None:
+        mask &= tissue(grid)
+    if centres_um is not None:
+        mask &= from_spots(grid, centres_um)
+    return mask
+
+
 def darkness(rgb: np.ndarray) -> np.ndarray:
-    """Optical density of an image (3, h, w) uint8, mean over colours: (h, w) float32, 0 for white."""
+    """Optical density (h, w) float32 of an image (3, h, w) uint8, mean over colours; 0 for white."""
     return -np.log10((rgb.astype(np.float32) + 1) / 256).mean(0)
 
 
 def _shrink(mask: np.ndarray, by: float) -> np.ndarray:
-    """Take off the rim that smoothing added, ``by`` bins wide, but not where the mask ends with the grid."""
+    """Remove the rim of ``by`` bins that smoothing added, but not where the mask meets the border of the grid."""
     around = int(np.ceil(by)) + 1
     padded = np.pad(mask, around, mode="edge")
     return (ndimage.distance_transform_edt(padded) > by)[around:-around, around:-around]

@@ -10,16 +10,16 @@ from stsr.errors import StsrError
 from stsr.platforms.source import Options, Source
 
 PLATFORMS = ("spatialdata", "xenium", "visium", "legacy_st", "anndata")
-"""Modules here, in the order in which they are asked; a new platform is a file and a word."""
+"""Modules of this folder, in the order in which they are tried; to add a platform, add its file and its name here."""
 
 
 def detect(path: Path) -> ModuleType:
-    """The platform that knows what lies at ``path``.
+    """The platform whose format lies at ``path``.
 
     Raises
     ------
     StsrError
-        If there is nothing, or nothing that any platform knows.
+        If the path does not exist, or no platform recognises it.
     """
     if not path.exists():
         raise StsrError(f"there is nothing at {path}; check the path")
@@ -30,7 +30,7 @@ def detect(path: Path) -> ModuleType:
     if path.suffix in (".zip", ".gz", ".tar"):
         raise StsrError(f"{path} is an archive; unpack it and give the folder")
     raise StsrError(
-        f"{path} is no section that stsr knows; give a Xenium folder (with experiment.xenium), a Space Ranger folder "
+        f"{path} has no known format; give a Xenium folder (with experiment.xenium), a Space Ranger folder "
         f"(filtered_feature_bc_matrix.h5 and spatial/), an ST folder (counts.tsv.gz and spots.tsv), a SpatialData "
         f"store or an .h5ad file"
     )
@@ -42,6 +42,6 @@ def read(path: Path, options: Options | None = None) -> Source:
     Raises
     ------
     StsrError
-        If nothing here is recognised, or what is recognised cannot be read.
+        If the format is not recognised, or the data cannot be read.
     """
     return detect(path).read(path, options or Options())

@@ -1,4 +1,4 @@
-"""What a platform hands over: one section, read lazily, everything in um and raw counts."""
+"""What a platform's reader returns: one section, lazy, in um and raw counts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from stsr.store.parts import Cells
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from stsr.histology.files import Picture
+    from stsr.histology.image import Image
 
 
 class Chunk(NamedTuple):
-    """Some transcripts of the panel that passed the filters.
+    """Transcripts of the panel that passed the filters.
 
-    ``x_um`` and ``y_um`` (n,) floats, ``gene`` (n,) integer index into the panel; ``low_quality`` and ``other`` say
-    how many rows were dropped for quality and for being controls or genes not asked for.
+    ``x_um`` and ``y_um`` (n,) floats, ``gene`` (n,) integer index into the panel; ``low_quality`` and ``other`` are
+    the numbers of rows dropped for low quality, and as controls or unwanted genes.
     """
 
     x_um: np.ndarray
@@ -34,20 +34,20 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Transcripts:
-    """A stream of transcripts that can be read again and again.
+    """A stream of transcripts that can be read several times.
 
     Parameters
     ----------
     chunks
         Called for each pass; yields ``Chunk``.
     bounds_um
-        (x0, y0, x1, y1) around all of them, um; may be a little wider.
+        (x0, y0, x1, y1) that hold all transcripts, um; not necessarily tight.
     rows
-        Rows in the file, for a progress bar; None where not known.
+        Rows in the file, for a progress bar; None if unknown.
     corner_um, bin_um
-        Where they were counted in bins already: the corner of the bins (x, y) and their size, um.
+        For counts that are binned already: the corner of the bins (x, y) and their size, um.
     apart_um
-        Where they lie at cells' centres: how far apart thinly strewn cells are, um.
+        For transcripts known by their cell's position only: distance between cells, um.
     """
 
     chunks: Callable[[], Iterator[Chunk]]
@@ -71,7 +71,7 @@ class Spots:
     size_um
         Diameter or side, um.
     counts
-        AnnData (n, genes) of raw counts; its ``obs_names`` name the spots.
+        AnnData (n, genes) of raw counts; ``obs_names`` are the spots' names.
     origin
         ``"measured"`` or ``"simulated"``.
     """
@@ -85,7 +85,7 @@ class Spots:
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say about the input; see ``prepare``."""
+    """Options of ``prepare`` that readers need."""
 
     he: Path | None = None
     alignment: Path | None = None
@@ -96,20 +96,20 @@ class Options:
 
 @dataclass(frozen=True)
 class Source:
-    """One section as a platform reads it.
+    """One section as read by a platform.
 
     Parameters
     ----------
     name, platform
-        Of the section and of the technology.
+        Names of the section and of the technology.
     genes
-        Panel, in order; empty for a section that is an image only.
-    picture
+        Panel, in order; empty for a section with an image only.
+    image
         The H&E, or None.
     transcripts, spots, cells
-        What was measured, if anything.
+        Measurements, each None if not available.
     warnings
-        Sentences a user ought to read.
+        Warnings for the user.
     facts
         For provenance: versions, units, files.
     """
@@ -117,47 +117,35 @@ class Source:
     name: str
     platform: str
     genes: list[str]
-    picture: Picture | None = None
+    image: Image | None = None
     transcripts: Transcripts | None = None
     spots: Spots | None = None
     cells: Cells | None = None
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def extent_um(self) -> tuple[float, float, float, float]:
-        """(x0, y0, x1, y1) of what was measured, else of the image, um."""
-        if self.transcripts is not None:
-            return self.transcripts.bounds_um
-        if self.spots is None:
-            return self.picture.bounds_um
-        radius = self.spots.size_um / 2
-        x0, y0 = self.spots.centres_um.min(0) - radius
-        x1, y1 = self.spots.centres_um.max(0) + radius
-        return float(x0), float(y0), float(x1), float(y1)
-
 
 CONTROLS = (
     "NegControl", "antisense", "BLANK", "Unassigned", "UNASSIGNED", "Deprecated", "Intergenic", "GenomicControl",
 )  # fmt: skip
-"""How the names of features that are no genes begin, over all versions of Xenium."""
+"""Prefixes of features that are not genes, in all versions of Xenium."""
 
 
 def control(name: str) -> bool:
-    """Whether a feature is a control and no gene, by its name."""
+    """Whether a feature's name is that of a control instead of a gene."""
     return not name or name.startswith(CONTROLS)
 
 
 def choose_genes(available: list[str], wanted: tuple[str, ...] | None, where: str) -> list[str]:
-    """The panel: all genes, or those asked for in the order of the data.
+    """The panel: all genes, or the wanted ones in the order of the data.
 
     Raises
     ------
     StsrError
-        If there is no gene, or one that was asked for is not there (with near names).
+        If there is no gene, or a wanted gene is not available (similar names are given).
     """
     if not available:
-        raise StsrError(f"no gene in {where}: all features are controls; check that it holds gene expression")
+        raise StsrError(f"no gene in {where}: all features are controls; give data with gene expression")
     if not wanted:
         return list(available)
     have = set(available)
@@ -168,13 +156,13 @@ def choose_genes(available: list[str], wanted: tuple[str, ...] | None, where: st
     return [gene for gene in available if gene in set(wanted)]
 
 
-def check_raw(matrix, where: str) -> None:
-    """Refuse counts that are not raw.
+def check_raw(matrix: Any, where: str) -> None:
+    """Refuse a count matrix (dense or sparse) that is not raw.
 
     Raises
     ------
     StsrError
-        If values are negative or not whole numbers.
+        If it is empty, or values are negative or not integers.
     """
     values = matrix.data if hasattr(matrix, "indptr") else np.asarray(matrix)
     values = np.asarray(values)

@@ -1,8 +1,12 @@
-"""What 10x Genomics writes for every instrument: the feature-barcode matrix in HDF5."""
+"""The feature-barcode matrix in HDF5 that 10x Genomics writes for every instrument.
+
+Read with h5py: importing scanpy for its reader would add seconds to the start, and anndata has none.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -11,11 +15,14 @@ from stsr.errors import StsrError
 from stsr.files import reading
 from stsr.platforms.source import check_raw
 
+if TYPE_CHECKING:
+    from anndata import AnnData
+
 GENE = "Gene Expression"
 
 
-def read_matrix(path: Path):
-    """Genes of a feature-barcode matrix.
+def read_matrix(path: Path) -> AnnData:
+    """Read the genes of a feature-barcode matrix.
 
     Parameters
     ----------
@@ -25,8 +32,8 @@ def read_matrix(path: Path):
     Returns
     -------
     AnnData
-        (barcodes, genes), raw counts as int32 CSR; features other than genes are left out. Gene symbols that occur
-        twice get a suffix, as scanpy does; ``var["gene_ids"]`` keeps the identifiers.
+        (barcodes, genes), raw counts as int32 CSR, without features other than genes. Duplicate gene symbols get a
+        suffix, as in scanpy; ``var["gene_ids"]`` holds the identifiers.
 
     Raises
     ------
@@ -57,7 +64,7 @@ def read_matrix(path: Path):
     return found
 
 
-def _text(dataset) -> np.ndarray:
+def _text(dataset: Any) -> np.ndarray:
     return np.array(
         [value.decode() if isinstance(value, bytes) else str(value) for value in dataset[:]], dtype=object
     )

@@ -6,22 +6,29 @@ import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stsr.errors import StsrError
 from stsr.files import find, need, reading
 from stsr.histology import files as he
+from stsr.histology.image import Image, scaling
 from stsr.platforms.source import Cells, Chunk, Options, Source, Transcripts, choose_genes, control
 from stsr.platforms.tenx import read_matrix
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
+
 NAME = "xenium"
-_ROWS = 500_000  # a batch: large enough that numpy's calls cost nothing, small enough for a laptop
+_ROWS = 500_000  # per batch: large enough for numpy to be efficient, small enough for the memory of a laptop
 _CELL_UM = (2.0, 100.0)
 _SECTION_UM = (50.0, 50_000.0)
 _HE = ("*he_image*.ome.tif", "*he*image*.ome.tif", "*he*image*.tif*", "*[Hh]&[Ee]*.tif*")
 _ALIGNMENTS = ("*he_imagealignment.csv", "*he*alignment*.csv", "*imagealignment.csv")
-_SAME_PANEL = 0.5  # of the transcripts' genes; fewer in common: another experiment's matrix
+_SAME_PANEL = 0.5  # least share of the transcripts' genes in the matrix, if both are of one experiment
 
 
 def recognises(path: Path) -> bool:
@@ -38,14 +45,14 @@ def read(path: Path, options: Options) -> Source:
     Parameters
     ----------
     path
-        The folder with ``experiment.xenium``.
+        Folder with ``experiment.xenium``.
     options
         H&E, alignment, least quality, genes.
 
     Returns
     -------
     Source
-        Coordinates are the instrument's own, um.
+        Coordinates are those of the instrument, um.
 
     Raises
     ------
@@ -64,7 +71,7 @@ def read(path: Path, options: Options) -> Source:
         name=path.name,
         platform=NAME,
         genes=genes,
-        picture=_picture(path, options, experiment, warnings),
+        image=_image(path, options, experiment, warnings),
         transcripts=transcripts,
         cells=_cells(path, counts, genes, warnings),
         warnings=warnings,
@@ -90,13 +97,13 @@ def _pixel_um(path: Path, experiment: dict) -> float:
     pixel = experiment.get("pixel_size")
     if not isinstance(pixel, int | float) or not 0.05 <= pixel <= 2.0:
         raise StsrError(
-            f"experiment.xenium in {path} gives a pixel size of {pixel}; correct it to the 0.2125 um of the instrument"
+            f"experiment.xenium in {path} gives a pixel size of {pixel}; correct it to the instrument's 0.2125 um"
         )
     return float(pixel)
 
 
 def _check_zips(path: Path) -> None:
-    """A zip that is cut short means that the copy of the folder stopped half-way."""
+    """Refuse a folder with a truncated zip file: the folder was not copied completely."""
     for file in sorted(path.glob("*.zarr.zip")):
         with reading(file), zipfile.ZipFile(file) as archive:
             archive.infolist()
@@ -106,9 +113,10 @@ def _check_zips(path: Path) -> None:
 
 
 def _panel(file: Path, named: list[str], warnings: list[str]) -> list[str]:
-    """Genes in the matrix's order; those of the transcripts themselves if the matrix is of something else.
+    """The genes of the matrix, or those of the transcripts if the matrix is of another experiment.
 
-    Names that are in no matrix are controls, whatever the version of the software calls them.
+    Features of the transcripts that the matrix does not name are controls, which versions of the software name
+    differently.
     """
     known = set(named)
     seen = _names(file, batches=1)
@@ -116,14 +124,14 @@ def _panel(file: Path, named: list[str], warnings: list[str]) -> list[str]:
         return named
     genes = sorted(_names(file))
     warnings.append(
-        f"cell_feature_matrix.h5 names other genes than {file.name}: it is not used, and the panel is the "
+        f"cell_feature_matrix.h5 has other genes than {file.name}: it is ignored, and the panel is the "
         f"{len(genes)} genes of {file.name}"
     )
     return genes
 
 
 def _names(file: Path, batches: int | None = None) -> set[str]:
-    """Names of features that do not look like controls, in the first batches or in all."""
+    """Names of features except controls, in the first batches or in all."""
     names: set[str] = set()
     for number, (kinds, code, _) in enumerate(_batches(file, ())):
         if number == batches:
@@ -138,7 +146,7 @@ def _transcripts(file: Path, genes: list[str], min_qv: float) -> Transcripts:
 
     def chunks() -> Iterator[Chunk]:
         for kinds, code, (x, y, qv) in _batches(file, ("x_location", "y_location", "qv")):
-            # One look-up per batch; the last entry is for rows without a name.
+            # One look-up per batch; the last entry is for rows without a feature name.
             gene_of = np.array([*(index.get(kind, -1) for kind in kinds), -1], np.int32)
             gene = gene_of[code]
             good = qv >= min_qv
@@ -150,7 +158,7 @@ def _transcripts(file: Path, genes: list[str], min_qv: float) -> Transcripts:
     size = max(bounds[2] - bounds[0], bounds[3] - bounds[1])
     if not _SECTION_UM[0] <= size <= _SECTION_UM[1]:
         raise StsrError(
-            f"{file} spans {size:.3g} um, which no Xenium slide does; its coordinates must be in um, not in pixels"
+            f"{file} spans {size:.3g} um, which is implausible for Xenium; its coordinates must be in um, not in pixels"
         )
     return Transcripts(chunks, bounds, rows)
 
@@ -158,7 +166,7 @@ def _transcripts(file: Path, genes: list[str], min_qv: float) -> Transcripts:
 def _batches(
     file: Path, columns: tuple[str, ...]
 ) -> Iterator[tuple[list[str], np.ndarray, list[np.ndarray]]]:
-    """Yield names of features, a code into them for each row, and the other columns; never a string per row."""
+    """Yield per batch the feature names, each row's index into them, and the other columns."""
     import pyarrow as pa
 
     with reading(file):
@@ -170,7 +178,8 @@ def _batches(
             yield kinds, code, [column.to_numpy(zero_copy_only=False) for column in batch.columns[1:]]
 
 
-def _record_batches(file: Path, columns: tuple[str, ...]):
+def _record_batches(file: Path, columns: tuple[str, ...]) -> Iterator[Any]:
+    """Record batches of some columns of a parquet or csv.gz file."""
     if file.suffix == ".parquet":
         import pyarrow.parquet as pq
 
@@ -178,7 +187,7 @@ def _record_batches(file: Path, columns: tuple[str, ...]):
             missing = set(columns) - set(parquet.schema_arrow.names)
             if missing:
                 raise StsrError(
-                    f"{file} has no column {sorted(missing)[0]}; give the file as the instrument wrote it"
+                    f"{file} has no column {sorted(missing)[0]}; give the original file of the instrument"
                 )
             yield from parquet.iter_batches(_ROWS, columns=list(columns), use_threads=False)
         return
@@ -193,27 +202,28 @@ def _record_batches(file: Path, columns: tuple[str, ...]):
 
 
 def _bounds(file: Path) -> tuple[tuple[float, float, float, float], int | None]:
-    """Bounds of all rows, um, and their number: from the file's statistics where it has them, else by a pass."""
+    """Bounds of all rows, um, and their number: from the file's statistics, or by a pass over the file."""
     rows = None
     if file.suffix == ".parquet":
         import pyarrow.parquet as pq
 
         with reading(file), pq.ParquetFile(file) as parquet:
             rows = parquet.metadata.num_rows
-            ranges = [_statistics(parquet, name) for name in ("x_location", "y_location")]
-        if all(ranges):
-            return (ranges[0][0], ranges[1][0], ranges[0][1], ranges[1][1]), rows
+            x, y = (_statistics(parquet, name) for name in ("x_location", "y_location"))
+        if x is not None and y is not None:
+            return (x[0], y[0], x[1], y[1]), rows
     low, high = np.full(2, np.inf), np.full(2, -np.inf)
-    for _, _, (x, y) in _batches(file, ("x_location", "y_location")):
-        if len(x):
-            low = np.minimum(low, [x.min(), y.min()])
-            high = np.maximum(high, [x.max(), y.max()])
+    for _, _, (xs, ys) in _batches(file, ("x_location", "y_location")):
+        if len(xs):
+            low = np.minimum(low, [xs.min(), ys.min()])
+            high = np.maximum(high, [xs.max(), ys.max()])
     if not np.isfinite(low).all():
-        raise StsrError(f"{file} holds no transcripts; check that the run finished")
+        raise StsrError(f"{file} holds no transcripts; check that the run was completed")
     return (float(low[0]), float(low[1]), float(high[0]), float(high[1])), rows
 
 
-def _statistics(parquet, name: str) -> tuple[float, float] | None:
+def _statistics(parquet: Any, name: str) -> tuple[float, float] | None:
+    """Smallest and largest value of a column from the statistics of a parquet file, None if it has none."""
     column = parquet.schema_arrow.names.index(name)
     found = [parquet.metadata.row_group(i).column(column).statistics for i in range(parquet.num_row_groups)]
     if not found or any(s is None or not s.has_min_max for s in found):
@@ -224,8 +234,8 @@ def _statistics(parquet, name: str) -> tuple[float, float] | None:
 # ---------------------------------------------------------------------------------------------------- cells
 
 
-def _cells(path: Path, counts, genes: list[str], warnings: list[str]) -> Cells | None:
-    """Outlines, with counts where the ids of both files join."""
+def _cells(path: Path, counts: AnnData, genes: list[str], warnings: list[str]) -> Cells | None:
+    """Outlines of cells, with counts if the ids in both files match."""
     file = find(path, "cells.parquet", "cells.csv.gz")
     if file is None:
         warnings.append(f"cells.parquet is missing in {path}: the section has no cells")
@@ -235,21 +245,21 @@ def _cells(path: Path, counts, genes: list[str], warnings: list[str]) -> Cells |
     diameter = float(np.median(2 * np.sqrt(outlines.area / np.pi)))
     if not _CELL_UM[0] <= diameter <= _CELL_UM[1]:
         raise StsrError(
-            f"cells in {path} have a diameter of {diameter:.3g} um, which no cell has; coordinates must be in um, "
-            f"check pixel_size in experiment.xenium"
+            f"cells in {path} have an implausible diameter of {diameter:.3g} um; coordinates must be in um, check "
+            f"pixel_size in experiment.xenium"
         )
     joined = outlines.index.intersection(counts.obs_names, sort=False)
     if len(joined) < 0.5 * min(len(outlines), counts.n_obs) or not set(genes) <= set(counts.var_names):
         warnings.append(
-            f"{len(joined)} of {len(outlines)} cells of {file.name} are in cell_feature_matrix.h5: its counts are not "
-            f"used and cells have outlines only"
+            f"{len(joined)} of {len(outlines)} cells of {file.name} are in cell_feature_matrix.h5: its counts are "
+            f"ignored and only outlines of cells are kept"
         )
         return Cells(outlines)
     return Cells(outlines.loc[joined], counts[joined, genes].copy())
 
 
-def _table(file: Path, columns: tuple[str, ...]):
-    """Some columns of a parquet or csv.gz file, cell ids as text (XOA 1.x: integers or bytes)."""
+def _table(file: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """Columns of a parquet or csv.gz file, with cell ids as text (in XOA 1.x they are integers or bytes)."""
     import pandas as pd
 
     with reading(file):
@@ -264,8 +274,8 @@ def _table(file: Path, columns: tuple[str, ...]):
     return table
 
 
-def _outlines(path: Path, cells, warnings: list[str]):
-    """GeoDataFrame of polygons (index: cell id), um; discs of each cell's area where there are no boundaries."""
+def _outlines(path: Path, cells: pd.DataFrame, warnings: list[str]) -> GeoDataFrame:
+    """Outlines of cells (index: cell id), um; discs of each cell's area where there are no boundaries."""
     import geopandas as gpd
     import shapely
 
@@ -292,8 +302,8 @@ def _outlines(path: Path, cells, warnings: list[str]):
 # ---------------------------------------------------------------------------------------------------- image
 
 
-def _picture(path: Path, options: Options, experiment: dict, warnings: list[str]) -> he.Picture | None:
-    """The H&E where its alignment puts it: image pixels -> pixels of the instrument -> um."""
+def _image(path: Path, options: Options, experiment: dict, warnings: list[str]) -> Image | None:
+    """The H&E with its alignment: image pixels -> pixels of the instrument -> um."""
     image = options.he or find(path, *_HE)
     if image is None:
         warnings.append(f"no H&E in {path}: superres needs one; add it with --he and --alignment")
@@ -305,6 +315,6 @@ def _picture(path: Path, options: Options, experiment: dict, warnings: list[str]
             f"give it with --alignment"
         )
     levels, named_um = he.open_levels(image)
-    px_to_um = he.scaling(_pixel_um(path, experiment)) @ he.read_alignment(alignment)
+    px_to_um = scaling(_pixel_um(path, experiment)) @ he.read_alignment(alignment)
     he.check_pixel(px_to_um, options.um_per_px or named_um, image.name)
-    return he.Picture(levels, px_to_um, image)
+    return Image(levels, px_to_um, path=image)

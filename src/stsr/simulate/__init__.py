@@ -1,7 +1,6 @@
-"""Tissue with known truth, and the vendor folders it can be written as: for demo, tests and benchmarks."""
+"""Simulate tissue with known truth and write it as a vendor's folder, for the demo, tests and benchmarks."""
 
 from stsr.simulate.histology import image_frame, render_he
-from stsr.simulate.stream import write_transcripts
 from stsr.simulate.tissue import Tissue, Transcripts, simulate_tissue
 from stsr.simulate.visium import write_visium
 from stsr.simulate.xenium import write_xenium
@@ -12,7 +11,6 @@ __all__ = [
     "image_frame",
     "render_he",
     "simulate_tissue",
-    "write_transcripts",
     "write_visium",
     "write_xenium",
 ]

@@ -1,10 +1,11 @@
-"""How the instruments' files spell things: versions, identifiers, feature classes and the 10x matrix."""
+"""Formats of the instruments' files: versions, identifiers, feature classes, the 10x matrix and TIFF."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -12,22 +13,22 @@ from scipy import sparse
 
 @dataclass(frozen=True)
 class XoaLayout:
-    """What differs between versions of the Xenium Onboard Analysis that a reader can notice.
+    """Differences between versions of the Xenium Onboard Analysis that matter to readers.
 
     Attributes
     ----------
     software : str
-        As `analysis_sw_version` in `experiment.xenium`.
+        `analysis_sw_version` in `experiment.xenium`.
     text : str
-        How parquet spells text: "binary" (bytes) before 2.0, "large_string" since.
+        Type of text in parquet files: "binary" (bytes) before 2.0, "large_string" since.
     text_cell_id : bool
-        Cells are called `aaaaaaab-1` (since 1.3); before, they are numbers and -1 is no cell.
+        Whether cells have names such as `aaaaaaab-1` (since 1.3). Before, they have numbers, and -1 is no cell.
     transcript_extras : tuple of str
         Columns of `transcripts.parquet` beyond the first eight.
     cell_extras : tuple of str
         Columns of `cells.parquet` beyond those of 1.0.
     label_id : bool
-        Boundaries carry `label_id`, and `cells.zarr.zip` has `polygon_sets`.
+        Whether boundaries have `label_id`, and `cells.zarr.zip` has `polygon_sets`.
     """
 
     software: str
@@ -56,29 +57,29 @@ _LAYOUTS = {
 
 
 def xoa_layout(version: str) -> XoaLayout:
-    """The layout of a version such as "1.0", "1.6", "2.0" or "3.0": that of the last known up to it.
+    """The layout of a version such as "1.0", "1.6", "2.0" or "3.0": the last known one up to it.
 
     Raises
     ------
     ValueError
-        If the version is no number, or 4 or newer, which is not covered.
+        If the version is not a number, or is 4 or newer, which is not supported.
     """
     try:
         major, minor = (int(part) for part in [*version.split("."), "0"][:2])
     except ValueError:
         raise ValueError(
-            f"no version of the Xenium Onboard Analysis: {version!r}; write for example 3.0"
+            f"{version!r} is not a version of the Xenium Onboard Analysis; give for example 3.0"
         ) from None
     known = [at for at in _LAYOUTS if at <= (major, minor)]
     if not known or major > 3:
-        raise ValueError(f"the layout of version {version} is not covered; choose from 1.0 up to 3.x")
+        raise ValueError(f"the layout of version {version} is not covered; choose a version from 1.0 to 3.x")
     return _LAYOUTS[max(known)]
 
 
 def cell_names(index: np.ndarray, layout: XoaLayout) -> np.ndarray:
-    """Identifiers of cells by index (-1: in no cell): whole numbers from 1, or texts such as `aaaaaaab-1`.
+    """Identifiers of cells by index (-1: in no cell): integers from 1, or names such as `aaaaaaab-1`.
 
-    The text spells the 32-bit number of the cell in hexadecimal with the letters a to p.
+    A name is the 32-bit number of the cell in hexadecimal digits written as the letters a to p.
     """
     index = np.asarray(index)
     if not layout.text_cell_id:
@@ -89,12 +90,12 @@ def cell_names(index: np.ndarray, layout: XoaLayout) -> np.ndarray:
 
 
 def feature_name(name: str, layout: XoaLayout) -> str:
-    """A control's name in that layout: blank codewords are called unassigned since 2.0."""
+    """The name of a feature in a layout: blank codewords are called unassigned since 2.0."""
     return name.replace("BLANK_", "UnassignedCodeword_") if layout.text == "large_string" else name
 
 
 def feature_class(name: str) -> tuple[str, str]:
-    """(class in the matrix, `codeword_category`) of a feature."""
+    """Class of a feature in the matrix, and its `codeword_category`."""
     classes = {
         "NegControlProbe_": ("Negative Control Probe", "negative_control_probe"),
         "antisense_": ("Negative Control Probe", "negative_control_probe"),
@@ -147,7 +148,7 @@ def write_rgb_tiff(path: Path, image: np.ndarray, um_per_px: float, ome: bool) -
     """Write (y, x, 3) uint8 as a tiled TIFF; OME adds its physical size and, if large, smaller levels."""
     import tifffile
 
-    options = {
+    options: dict[str, Any] = {
         "photometric": "rgb",
         "tile": (256, 256),
         "compression": "zlib",
@@ -155,21 +156,30 @@ def write_rgb_tiff(path: Path, image: np.ndarray, um_per_px: float, ome: bool) -
     }
     levels = [image]
     while ome and max(levels[-1].shape) > 2048:
-        half = levels[-1][: levels[-1].shape[0] // 2 * 2, : levels[-1].shape[1] // 2 * 2].astype(np.uint16)
-        levels.append(
-            ((half[::2, ::2] + half[1::2, ::2] + half[::2, 1::2] + half[1::2, 1::2] + 2) // 4).astype(
-                np.uint8
-            )
-        )
-    metadata = {"axes": "YXS"}
+        levels.append(_halved(levels[-1]))
+    metadata: dict[str, Any] = {"axes": "YXS"}
     if ome:
-        size = {"PhysicalSizeX": um_per_px, "PhysicalSizeY": um_per_px}
-        metadata |= size | {"PhysicalSizeXUnit": "µm", "PhysicalSizeYUnit": "µm"}
-    resolution = {"resolution": (1e4 / um_per_px, 1e4 / um_per_px), "resolutionunit": "CENTIMETER"}
+        metadata |= {"PhysicalSizeX": um_per_px, "PhysicalSizeXUnit": "µm"}
+        metadata |= {"PhysicalSizeY": um_per_px, "PhysicalSizeYUnit": "µm"}
+    per_cm = 1e4 / um_per_px
     with tifffile.TiffWriter(path, ome=ome) as file:
-        file.write(levels[0], subifds=len(levels) - 1, metadata=metadata, **resolution, **options)
+        file.write(
+            levels[0],
+            subifds=len(levels) - 1,
+            metadata=metadata,
+            resolution=(per_cm, per_cm),
+            resolutionunit="CENTIMETER",
+            **options,
+        )
         for level in levels[1:]:
             file.write(level, subfiletype=1, metadata=None, **options)
+
+
+def _halved(image: np.ndarray) -> np.ndarray:
+    """Mean of 2 x 2 pixels, rounded; an odd last row or column is dropped."""
+    even = image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2].astype(np.uint16)
+    total = even[::2, ::2] + even[1::2, ::2] + even[::2, 1::2] + even[1::2, 1::2]
+    return ((total + 2) // 4).astype(np.uint8)
 
 
 def empty_folder(folder: str | Path) -> Path:
@@ -178,10 +188,10 @@ def empty_folder(folder: str | Path) -> Path:
     Raises
     ------
     FileExistsError
-        If it is there and holds something.
+        If it exists and is not empty.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds files already: remove it, or write to another folder")
+        raise FileExistsError(f"{folder} is not empty; remove it, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

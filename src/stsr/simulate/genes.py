@@ -1,8 +1,7 @@
-"""Which gene is read out how often in which cell type: the simulator's only biology.
+"""Expression of genes in cell types: the biology of the simulator.
 
-The table is written by hand from well-known marker biology of the human breast (no data file was copied into
-it). Every gene named here is on the 10x Xenium Human Breast panel, so a model trained on that panel can be
-asked for it.
+The table was written by hand from well-known marker genes of the human breast, without copying data. Every gene is on
+the 10x Xenium Human Breast panel, so a model trained on that panel can predict it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Names as in the breast single-cell reference that `stsr celltype` is usually given; Myoepithelial is extra.
+#: Names as in the breast single-cell reference commonly used with `stsr celltype`, plus Myoepithelial.
 CELL_TYPES = (
     "Malignant",
     "Epithelial",
@@ -27,13 +26,13 @@ CELL_TYPES = (
     "Macrophage",
 )
 
-#: Mean counts in one cell of average size for the levels 0..4 of the table below.
+#: Mean counts in a cell of average size for the levels 0..4 of the table below.
 LEVEL_COUNTS = np.array([0.01, 0.25, 1.0, 3.5, 9.0])
 
-#: Smooth programmes that run across cells whatever their type, so that places differ as well as types.
+#: Smooth programmes across cells of all types, so that expression depends on position as well as on type.
 PROGRAMMES = ("luminal", "cycling", "activated_stroma", "inflamed")
 
-#: Gene, one level (0 to 4) a cell type in the order of CELL_TYPES, programme and its strength.
+#: Gene, level (0 to 4) in each cell type in the order of CELL_TYPES, programme and its strength.
 _TABLE = """
 ERBB2     4310000000 luminal -0.6
 GATA3     3310001000 luminal 0.4
@@ -118,13 +117,13 @@ TOMM7     3222222222 luminal 0.1
 
 @dataclass(frozen=True)
 class GeneTable:
-    """Gene by cell-type rates and what modulates them.
+    """Rates of genes in cell types and their modulation.
 
     Attributes
     ----------
     genes : tuple of str
     rates : (gene, type) float array
-        Mean counts in one cell of average size of that type.
+        Mean counts in a cell of average size of that type.
     programme : (gene,) int array
         Index into `PROGRAMMES`.
     strength : (gene,) float array
@@ -148,7 +147,7 @@ def _known() -> dict[str, tuple[np.ndarray, int, float]]:
 
 
 def _invented(gene: str, salt: int) -> tuple[np.ndarray, int, float]:
-    """Rates for a gene the table does not know; they depend on its name and the salt, not on its place."""
+    """Rates of a gene that is not in the table; they depend on its name and the salt, not on its position."""
     rng = np.random.default_rng([salt, zlib.crc32(gene.encode())])
     levels = np.zeros(len(CELL_TYPES), int)
     homes = rng.choice(len(CELL_TYPES), size=rng.integers(1, 4), replace=False)
@@ -157,16 +156,16 @@ def _invented(gene: str, salt: int) -> tuple[np.ndarray, int, float]:
 
 
 def gene_table(genes: Sequence[str] | int | None, rng: np.random.Generator) -> GeneTable:
-    """Rates of the asked genes in every cell type.
+    """Rates of genes in every cell type.
 
     Parameters
     ----------
     genes : sequence of str, int or None
-        None: every gene the table knows. A number: that many, known ones first, then invented ones named
-        `SIM0000` and so on. Names: these; a name the table does not know gets invented rates (one to three
-        cell types).
+        None: every gene of the table. A number: that many, first those of the table, then invented ones named
+        `SIM0000` and so on. Names: these; a gene that is not in the table gets invented rates in one to three cell
+        types.
     rng : numpy.random.Generator
-        Salts the invented rates.
+        Seeds the invented rates.
 
     Returns
     -------
@@ -175,7 +174,7 @@ def gene_table(genes: Sequence[str] | int | None, rng: np.random.Generator) -> G
     Raises
     ------
     ValueError
-        If no gene is asked for, or one is named twice.
+        If there is no gene, or one is named twice.
     """
     known, salt = _known(), int(rng.integers(2**31))
     if genes is None:

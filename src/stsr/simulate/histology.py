@@ -1,4 +1,4 @@
-"""The picture of a simulated tissue: haematoxylin and eosin by optical density."""
+"""Render the H&E image of a simulated tissue by optical densities of haematoxylin and eosin."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from stsr.simulate.genes import CELL_TYPES
 from stsr.simulate.morphology import MAP_UM, Region
 from stsr.simulate.tissue import Tissue
 
-#: Optical density of the stains in red, green and blue, one row a stain: H as in Ruifrok and Johnston (2001),
-#: E between theirs and that of Macenko et al. (2009), which gives the pink of scanned slides.
+#: Optical density of the stains (rows: H, E) in red, green and blue: H from Ruifrok and Johnston (2001), E between
+#: theirs and that of Macenko et al. (2009), which gives the pink of scanned slides.
 STAIN_OD = np.array([[0.650, 0.704, 0.286], [0.110, 0.915, 0.390]])
 
 #: Amount of (H, E) between the nuclei of each region.
@@ -30,7 +30,7 @@ _GROUND = {
     Region.BLOOD: (0.03, 0.70),
 }
 
-#: Per cell type: H of the nucleus, (H, E) added by the cell body, and how open the nucleus' middle is (0..1).
+#: Per cell type: H of the nucleus, H and E added by the cell body, and paleness of the nucleus' centre (0..1).
 _LOOK = {
     "Malignant": (0.72, 0.07, 0.07, 0.38),
     "Epithelial": (0.80, 0.05, 0.08, 0.20),
@@ -51,23 +51,23 @@ _HALO_PX = 8
 def image_frame(
     tissue: Tissue, um_per_px: float, mirror: bool = False, turn_deg: float = 0.0
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Where an image of the whole tissue lies when it is mirrored and turned.
+    """Frame of an image of the whole tissue, mirrored or rotated.
 
     Parameters
     ----------
     tissue : Tissue
     um_per_px : float
     mirror : bool
-        Whether the image's y axis runs the other way round.
+        Whether to invert the image's y axis.
     turn_deg : float
-        How far the image's x axis is turned in the tissue's plane (from x towards y).
+        Rotation of the image's x axis in the tissue's plane, from x towards y.
 
     Returns
     -------
     px_to_um : (3, 3) array
         Affine from image (x, y, 1), in pixels with pixel i spanning [i, i + 1), to the tissue's um.
     shape : (int, int)
-        Rows and columns of the smallest image that holds the tissue.
+        Rows and columns of the smallest image that contains the tissue.
 
     Raises
     ------
@@ -98,26 +98,25 @@ def render_he(
     px_to_um: np.ndarray | None = None,
     shape: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """Paint the section as a bright-field H&E image.
+    """Render the section as a bright-field H&E image.
 
-    Amounts of two stains are laid down (ground by region, fibres, cell bodies, nuclei by type), blurred by
-    the optics, and turned into light by Beer and Lambert's law, `I = exp(-(H od_H + E od_E))`, on pixels of 1
-    um or finer that are then averaged. The picture depends on the tissue alone: rendering twice gives the
-    same.
+    Amounts of the two stains are drawn (ground by region, fibres, cell bodies, nuclei by type), blurred by the optics,
+    and converted to light by the Beer-Lambert law, `I = exp(-(H od_H + E od_E))`, on pixels of 1 um or finer that are
+    then averaged. Rendering a tissue twice gives the same image.
 
     Parameters
     ----------
     tissue : Tissue
     um_per_px : float
-        Size of a pixel; ignored when `px_to_um` is given.
+        Pixel size; ignored if `px_to_um` is given.
     px_to_um, shape
-        A frame as `image_frame` gives it. None: upright, the tissue's own frame.
+        Frame from `image_frame`, both or neither. By default that of the tissue, upright.
 
     Returns
     -------
     (y, x, 3) uint8 array
     """
-    if px_to_um is None:
+    if px_to_um is None or shape is None:
         px_to_um, shape = image_frame(tissue, um_per_px)
     pixel_um = np.sqrt(abs(np.linalg.det(px_to_um[:2, :2])))
     fine = max(1, int(np.ceil(pixel_um - 1e-6)))  # finer pixels per pixel
@@ -142,7 +141,7 @@ def render_he(
 
 
 def _ground(tissue: Tissue) -> np.ndarray:
-    """Amounts of H and E (2, y, x) between the cells, on the region map's pixels."""
+    """Amounts of H and E (2, y, x) between cells, on the pixels of the region map."""
     rng = np.random.default_rng(tissue.texture_seed)
     region = tissue.morphology.region
     amounts = np.zeros((2, len(Region)), np.float32)
@@ -169,7 +168,7 @@ def _ground(tissue: Tissue) -> np.ndarray:
 
 
 def _smear(noise: np.ndarray, direction_rad: np.ndarray, steps: int) -> np.ndarray:
-    """Average noise (y, x) along the direction field, to both sides (line integral convolution)."""
+    """Average noise (y, x) along the direction field, both ways (line integral convolution)."""
     total = noise.copy()
     for way in (-1, 1):
         row, column = np.indices(noise.shape, dtype=np.float32)
@@ -186,7 +185,7 @@ def _smear(noise: np.ndarray, direction_rad: np.ndarray, steps: int) -> np.ndarr
 
 
 def _fat_walls(fat: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """How much of each fat pixel is membrane (0..1), where adipocytes of about 50 um touch."""
+    """Share of membrane (0..1) in each pixel of fat, where adipocytes of about 50 um touch."""
     where = np.argwhere(fat)
     if not len(where):
         return np.zeros(0)
@@ -197,7 +196,7 @@ def _fat_walls(fat: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _in_pixels(tissue: Tissue, px_to_um: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Outlines and nuclei (n, corner, 2) in pixels (x, y), each with their (first, last) rows."""
+    """Outlines and nuclei (n, corner, 2) in pixels (x, y), each with its first and last row (n, 2)."""
     um_to_px = np.linalg.inv(px_to_um)
     shapes = []
     for outline in (tissue.cells.outline_um, tissue.cells.nucleus_um):
@@ -207,7 +206,7 @@ def _in_pixels(tissue: Tissue, px_to_um: np.ndarray) -> list[tuple[np.ndarray, n
 
 
 def _stain_band(tissue, ground, shapes, px_to_um, span, columns, rng) -> list[np.ndarray]:
-    """Amounts of H and E on image rows `span` (first, one past last): ground, cell bodies, then nuclei."""
+    """Amounts of H and E on the image rows `span` (first, last + 1): ground, cell bodies, then nuclei."""
     from skimage.draw import polygon
 
     rows = span[1] - span[0]
@@ -229,7 +228,7 @@ def _stain_band(tissue, ground, shapes, px_to_um, span, columns, rng) -> list[np
     )
     for (outline, extent), nucleus in zip(shapes, (False, True), strict=True):
         for i in np.flatnonzero((extent[:, 1] >= span[0]) & (extent[:, 0] < span[1])):
-            corner = outline[i] - (0.5, span[0] + 0.5)  # polygon() has pixel centres at whole numbers
+            corner = outline[i] - (0.5, span[0] + 0.5)  # polygon() has pixel centres at integers
             inside = polygon(corner[:, 1], corner[:, 0], (rows, columns))
             if not nucleus:
                 stains[0][inside] = np.maximum(stains[0][inside] + look[i, 1], 0.01)

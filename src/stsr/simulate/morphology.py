@@ -1,4 +1,4 @@
-"""Where the tissue is what: ducts, tumour, stroma, fat, vessels, immune clusters, and their cells."""
+"""Morphology of the tissue: ducts, tumour, stroma, fat, vessels, immune clusters, and their cells."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from scipy.spatial import cKDTree
 
 from stsr.simulate.genes import CELL_TYPES, PROGRAMMES
 
-#: Side of one pixel of the region map. Fine enough for a single-cell layer, coarse enough to be quick.
+#: Pixel of the region map: fine enough for a layer of single cells, coarse enough for speed.
 MAP_UM = 2.0
 
-#: Corners of a cell's outline, as many as the instrument's boundaries roughly have.
+#: Corners of a cell's outline, about as many as in the instrument's boundaries.
 CORNERS = 16
 
 
 class Region(IntEnum):
-    """Kinds of places in the region map."""
+    """Kinds of tissue in the region map."""
 
     BACKGROUND = 0
     STROMA = 1
@@ -35,8 +35,8 @@ class Region(IntEnum):
     BLOOD = 11
 
 
-#: Where cells go: region -> (how much of the densest packing is filled, priority, mixture of cell types).
-#: A lower priority number is placed first, so that one-cell layers stay whole.
+#: Cells of a region: (share of the densest packing, priority, mixture of cell types). Regions with a lower priority
+#: number are filled first, so that layers of single cells stay closed.
 _FILL: dict[Region, tuple[float, float, dict[str, float]]] = {
     Region.STROMA: (
         0.42,
@@ -71,20 +71,19 @@ _SHAPE = {
 }
 CELL_RADIUS_UM, NUCLEUS_RADIUS_UM, ELONGATION = np.array([_SHAPE[name] for name in CELL_TYPES]).T
 
-
-#: How far from their centre a duct still bends the fibres, and a vessel still shows.
+#: Distance from its centre within which a duct bends the fibres, and a vessel is drawn.
 _DUCT_REACH_UM, _VESSEL_REACH_UM = 500.0, 100.0
 
 
 @dataclass(frozen=True)
 class Morphology:
-    """Maps of the tissue's build, all (y, x) on pixels of `MAP_UM`.
+    """Maps (y, x) of the tissue on pixels of `MAP_UM`.
 
     Attributes
     ----------
     region : (y, x) uint8 array of `Region`
     fibre_rad : (y, x) float array
-        Direction of the fibres, and of stretched cells.
+        Direction of fibres and of elongated cells.
     programmes : (programme, y, x) float array
         Standardised smooth fields, in the order of `genes.PROGRAMMES`.
     """
@@ -94,26 +93,26 @@ class Morphology:
     programmes: np.ndarray
 
     def at(self, field: np.ndarray, x_um: np.ndarray, y_um: np.ndarray) -> np.ndarray:
-        """Value of a (y, x) map at places in um; outside the map, that of its nearest edge."""
+        """Value of a map (y, x) at points, um; outside the map, the value at its nearest edge."""
         row = np.clip((np.asarray(y_um) / MAP_UM).astype(int), 0, field.shape[0] - 1)
         column = np.clip((np.asarray(x_um) / MAP_UM).astype(int), 0, field.shape[1] - 1)
         return field[row, column]
 
 
 def smooth_field(shape: tuple[int, int], length_um: float, rng: np.random.Generator) -> np.ndarray:
-    """A Gaussian random field (y, x) of mean 0 and deviation 1, correlated over about `length_um`."""
+    """A Gaussian random field (y, x) with mean 0 and standard deviation 1, correlated over about `length_um`."""
     sigma = length_um / MAP_UM
-    coarse = max(1, int(sigma / 4))  # blur a coarse raster and enlarge it: the same field, far quicker
+    coarse = max(1, int(sigma / 4))  # smooth a coarse raster and upsample it, which is much faster
     small = [int(np.ceil((side + 8 * sigma) / coarse)) + 1 for side in shape]
     field = ndimage.gaussian_filter(rng.standard_normal(small), sigma / coarse, mode="wrap")
-    margin = 4 * sigma / coarse  # the margin holds unlike parts, so opposite edges do not resemble each other
+    margin = 4 * sigma / coarse  # smoothing wraps around; the margin keeps opposite edges independent
     rows, columns = (margin + (np.arange(side) + 0.5) / coarse for side in shape)
     field = ndimage.map_coordinates(field, np.meshgrid(rows, columns, indexing="ij"), order=3, mode="nearest")
     return (field - field.mean()) / max(field.std(), 1e-9)
 
 
 def build_morphology(width_um: float, height_um: float, rng: np.random.Generator) -> Morphology:
-    """Lay out the regions, the run of the fibres and the programme fields of a breast-like tissue.
+    """Lay out the regions, fibre directions and programme fields of a breast-like tissue.
 
     Parameters
     ----------
@@ -135,7 +134,7 @@ def build_morphology(width_um: float, height_um: float, rng: np.random.Generator
     clusters = smooth_field(shape, 45, rng) + 0.8 * smooth_field(shape, 200, rng) + 0.15 * wobble
     region[(clusters > np.quantile(clusters, 0.95)) & (region == Region.STROMA)] = Region.IMMUNE
 
-    duct_um = np.full(shape, 1e3, np.float32)  # distance to the nearest duct's rim, negative inside
+    duct_um = np.full(shape, 1e3, np.float32)  # distance to the rim of the nearest duct, negative inside
     area_mm2 = width_um * height_um / 1e6
     for _ in range(rng.poisson(7 * area_mm2) + 1):
         _add_duct(region, duct_um, x, y, wobble, rng)
@@ -146,12 +145,12 @@ def build_morphology(width_um: float, height_um: float, rng: np.random.Generator
 
     bend = smooth_field(shape, 160, rng) * 60 + np.clip(duct_um, -50, 250) + 8 * wobble
     slope_y, slope_x = np.gradient(ndimage.gaussian_filter(bend, 6))
-    fibre = np.arctan2(slope_x, -slope_y)  # along the level lines: fibres wrap around ducts
+    fibre = np.arctan2(slope_x, -slope_y)  # along contour lines: fibres wrap around ducts
     return Morphology(region, fibre.astype(np.float32), _programme_fields(region, nest_level, clusters, rng))
 
 
 def _programme_fields(region, nest_level, clusters, rng) -> np.ndarray:
-    """Standardised fields of `PROGRAMMES`; the stroma's and the immune one follow tumour and clusters."""
+    """Standardised fields of `PROGRAMMES`; stroma follows the tumour, inflammation the immune clusters."""
     near_tumour = ndimage.gaussian_filter((region == Region.TUMOUR).astype(np.float32), 40 / MAP_UM)
     fields = {
         "luminal": smooth_field(region.shape, 220, rng),
@@ -165,15 +164,16 @@ def _programme_fields(region, nest_level, clusters, rng) -> np.ndarray:
 
 
 def _window(centre_x_um: float, centre_y_um: float, reach_um: float) -> tuple[slice, slice]:
-    """Rows and columns of the maps near a place: a duct costs the same in a large tissue."""
-    return tuple(
-        slice(max(0, int((at - reach_um) / MAP_UM)), int((at + reach_um) / MAP_UM) + 1)
-        for at in (centre_y_um, centre_x_um)
-    )
+    """Rows and columns of the maps near a point, so that the cost of a duct does not grow with the tissue."""
+
+    def around(at_um: float) -> slice:
+        return slice(max(0, int((at_um - reach_um) / MAP_UM)), int((at_um + reach_um) / MAP_UM) + 1)
+
+    return around(centre_y_um), around(centre_x_um)
 
 
 def _add_duct(region, duct_um, x, y, wobble, rng) -> None:
-    """One duct: normal (layers around a lumen) or filled by tumour in place, with or without a dead core."""
+    """Add a duct: normal (layers around a lumen) or filled with carcinoma in situ, with or without necrosis."""
     centre_x, centre_y = rng.uniform(0, x.max()), rng.uniform(0, y.max())
     window = _window(centre_x, centre_y, _DUCT_REACH_UM)
     region, duct_um, x, y, wobble = (a[window] for a in (region, duct_um, x, y, wobble))
@@ -184,9 +184,7 @@ def _add_duct(region, duct_um, x, y, wobble, rng) -> None:
     radius_um = rng.uniform(60, 130) if filled else rng.uniform(28, 60)
     rim_um = np.hypot(along / stretch, across * stretch**0.3) - radius_um + 6 * wobble
     np.minimum(duct_um, rim_um, out=duct_um)
-    region[(rim_um < 12) & (region != Region.STROMA)] = (
-        Region.STROMA
-    )  # a sheath parts it from what lies around
+    region[rim_um < 12] = Region.STROMA  # a sheath separates it from its surroundings
     region[rim_um < 0] = Region.MYOEPITHELIUM
     if filled:
         region[rim_um < -8] = Region.TUMOUR
@@ -198,7 +196,7 @@ def _add_duct(region, duct_um, x, y, wobble, rng) -> None:
 
 
 def _add_vessel(region, x, y, wobble, rng) -> None:
-    """One vessel in the stroma: blood or an empty lumen, endothelium, and mural cells when it is wide."""
+    """Add a vessel in the stroma: blood or an empty lumen, endothelium, and mural cells if it is wide."""
     centre_x, centre_y = rng.uniform(0, x.max()), rng.uniform(0, y.max())
     row, column = int(centre_y / MAP_UM), int(centre_x / MAP_UM)
     if region[row, column] not in (Region.STROMA, Region.FAT):
@@ -217,17 +215,17 @@ def _add_vessel(region, x, y, wobble, rng) -> None:
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells, all positions in um.
+    """The cells; all positions are in um.
 
     Attributes
     ----------
     x_um, y_um : (n,) float64 arrays
     type_index : (n,) int array
-        Into `genes.CELL_TYPES`.
+        Index into `genes.CELL_TYPES`.
     turn_rad : (n,) float array
         Direction of the long axis.
     outline_um, nucleus_um : (n, CORNERS, 2) float64 arrays
-        Convex outlines (x, y); outlines of two cells never overlap, a nucleus lies inside its cell.
+        Convex outlines (x, y). Cells do not overlap, and a nucleus lies inside its cell.
     """
 
     x_um: np.ndarray
@@ -242,8 +240,8 @@ class Cells:
 
 
 def place_cells(tissue: Morphology, width_um: float, height_um: float, rng: np.random.Generator) -> Cells:
-    """Fill the regions with cells by darts with a minimal distance; cut their outlines where they meet."""
-    darts = int(width_um * height_um * 0.06)  # a few times as many as the densest region can take
+    """Place cells at random with a minimal distance, by region, and cut their outlines where they meet."""
+    darts = int(width_um * height_um * 0.06)  # several times the capacity of the densest region
     x_um, y_um = rng.uniform(1, width_um - 1, darts), rng.uniform(1, height_um - 1, darts)
     region = tissue.at(tissue.region, x_um, y_um)
     kind = np.full(darts, -1)
@@ -267,7 +265,7 @@ def place_cells(tissue: Morphology, width_um: float, height_um: float, rng: np.r
 
 
 def _first_come(xy_um, claim_um, priority) -> np.ndarray:
-    """Indices of darts that stand: one falls if another of lower priority number stands too near."""
+    """Indices of the candidates kept: one is dropped if another of lower priority number is too near."""
     pairs = cKDTree(xy_um).query_pairs(2 * claim_um.max(), output_type="ndarray")
     gap = np.hypot(*(xy_um[pairs[:, 0]] - xy_um[pairs[:, 1]]).T)
     pairs = pairs[gap < claim_um[pairs].sum(1)]
@@ -287,12 +285,12 @@ def _first_come(xy_um, claim_um, priority) -> np.ndarray:
 
 
 def _outlined(x_um, y_um, kind, turn, extent_um, rng) -> Cells:
-    """Give placed cells elliptic outlines and nuclei, cut along straight lines where neighbours meet."""
+    """Give cells elliptic outlines and nuclei, cut along straight lines where neighbours meet."""
     n = len(x_um)
     grown = rng.lognormal(0, 0.12, n)
     long = np.sqrt(1 + (ELONGATION[kind] - 1) * rng.lognormal(0, 0.25, n))
     angle = np.arange(CORNERS) * 2 * np.pi / CORNERS
-    # polar form of an ellipse of unit mean radius, whose long axis points along `turn`
+    # polar form of an ellipse of unit mean radius with its long axis along `turn`
     bearing = angle[None] - turn[:, None]
     ellipse = 1 / np.hypot(np.cos(bearing) / long[:, None], np.sin(bearing) * long[:, None])  # (n, corners)
     reach = (CELL_RADIUS_UM[kind] * grown)[:, None] * np.sqrt(ellipse)  # a cell is rounder than its nucleus
@@ -321,10 +319,9 @@ def _outlined(x_um, y_um, kind, turn, extent_um, rng) -> Cells:
 
 
 def _cut_by_neighbours(x_um, y_um, reach, angle) -> np.ndarray:
-    """Shorten (n, corners) radii so that each cell keeps to its side of the line to each neighbour.
+    """Shorten radii (n, corners) so that each cell stays on its side of a line between it and each neighbour.
 
-    Half-planes of one pair do not overlap, and a chord of a convex set stays inside it, so no two outlines
-    overlap.
+    The half-planes of a pair do not overlap, and a convex set contains its chords, so outlines do not overlap.
     """
     xy = np.column_stack([x_um, y_um])
     pairs = cKDTree(xy).query_pairs(2 * reach.max(), output_type="ndarray")
@@ -333,7 +330,7 @@ def _cut_by_neighbours(x_um, y_um, reach, angle) -> np.ndarray:
     way = xy[other] - xy[mine]
     gap = np.hypot(*way.T)
     size = reach.mean(1)
-    share = gap * size[mine] / (size[mine] + size[other])  # distance from me to the line
+    share = gap * size[mine] / (size[mine] + size[other])  # distance from the cell to the line
     facing = np.cos(angle[None] - np.arctan2(way[:, 1], way[:, 0])[:, None])  # (pair, corners)
     limit = np.where(facing > 1e-3, share[:, None] / np.maximum(facing, 1e-3), np.inf)
     reach = reach.copy()

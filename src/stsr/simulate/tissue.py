@@ -1,4 +1,4 @@
-"""Tissue with known truth: cells, transcripts, and what every bin or disc holds and was expected to hold."""
+"""Tissue with known truth: cells, transcripts, and the observed and expected counts of bins and discs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from scipy.spatial import cKDTree
 from stsr.simulate.genes import CELL_TYPES, GeneTable, gene_table
 from stsr.simulate.morphology import CORNERS, Cells, Morphology, Region, build_morphology, place_cells
 
-#: The instrument's own threshold: a transcript below it does not count.
+#: The instrument's threshold on transcript quality.
 MIN_QV = 20.0
 
-#: Names of the codewords that are no gene, as a Xenium run of the human breast panel has them: (pattern, how
-#: many).
+#: Names and numbers of control codewords, as in a Xenium run of the human breast panel.
 _CONTROLS = (
     ("NegControlProbe_{:05d}", 20),
     ("antisense_{}", 8),
@@ -26,12 +25,12 @@ _CONTROLS = (
 )
 CONTROL_NAMES = tuple(pattern.format(i) for pattern, count in _CONTROLS for i in range(count))
 
-#: Side of the instrument's field of view, roughly.
+#: Approximate side of the instrument's field of view.
 FOV_UM = 500.0
 
-_IN_NUCLEUS = 0.4  # share of a cell's transcripts that lie in its nucleus' outline
+_IN_NUCLEUS = 0.4  # share of a cell's transcripts in its nucleus
 _ADRIFT = 0.03  # share of transcripts that have left their cell
-_DRIFT_UM = 6.0
+_DRIFT_UM = 6.0  # standard deviation of their displacement in x and y
 _DISPERSION = 0.25  # of the negative binomial counts: variance = mean + dispersion * mean^2
 _POINTS_PER_CELL = 512  # of the quadrature behind `Tissue.expected`
 
@@ -44,9 +43,9 @@ class Transcripts:
     ----------
     x_um, y_um, z_um : (n,) float32 arrays
     qv : (n,) float32 array
-        Quality; those below `MIN_QV` are not to be counted.
+        Quality; transcripts below `MIN_QV` are not counted.
     feature : (n,) int16 array
-        Into `Tissue.features`: genes first, then controls.
+        Index into `Tissue.features`: genes first, then controls.
     cell : (n,) int32 array
         Index of the cell, -1 outside every cell.
     in_nucleus : (n,) bool array
@@ -64,13 +63,13 @@ class Transcripts:
         return len(self.x_um)
 
     def take(self, chosen: np.ndarray) -> Transcripts:
-        """The chosen ones (indices or mask), as a new object."""
+        """A selection (indices or mask) of the transcripts."""
         return Transcripts(**{name: values[chosen] for name, values in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class Tissue:
-    """A simulated section and its truth. Its frame is um, x to the right, y down, from (0, 0).
+    """A simulated section and its truth, in um from (0, 0), x to the right and y down.
 
     Attributes
     ----------
@@ -79,10 +78,10 @@ class Tissue:
     morphology : Morphology
     cells : Cells
     rates : (cell, gene) float32 array
-        Expected good-quality counts of every cell, those that drift out of it included.
+        Expected good-quality counts of every cell, including transcripts that drift out of it.
     transcripts : Transcripts
     texture_seed : int
-        Seeds what is only seen (staining, fibres, sensor noise): rendering twice gives the same picture.
+        Seed of the image's texture (staining, fibres, sensor noise).
     """
 
     width_um: float
@@ -101,27 +100,27 @@ class Tissue:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """Gene names, then control names: what `Transcripts.feature` points into."""
+        """Gene names, then control names; `Transcripts.feature` is an index into them."""
         return self.table.genes + CONTROL_NAMES
 
     @property
     def cell_types(self) -> np.ndarray:
-        """(cell,) array of names."""
+        """Cell type of each cell (cell,)."""
         return np.array(CELL_TYPES)[self.cells.type_index]
 
     @cached_property
     def good(self) -> Transcripts:
-        """Transcripts that count: of a gene, and of quality `MIN_QV` or better."""
+        """Transcripts of genes with quality `MIN_QV` or better."""
         all_of = self.transcripts
         return all_of.take((all_of.qv >= MIN_QV) & (all_of.feature < len(self.genes)))
 
     def cell_counts(self) -> sparse.csr_matrix:
-        """Realized counts (cell, gene), int32, of good transcripts inside each cell's outline."""
+        """Observed counts (cell, gene), int32, of good transcripts inside each cell's outline."""
         inside = self.good.cell >= 0
         return _tally(self.good.cell[inside], self.good.feature[inside], (len(self.cells), len(self.genes)))
 
     def counts(self, bin_um: float, x0_um: float, y0_um: float, nx: int, ny: int) -> np.ndarray:
-        """Realized counts on bins.
+        """Observed counts per bin.
 
         Parameters
         ----------
@@ -148,10 +147,10 @@ class Tissue:
         return counted.astype(np.int32).reshape(len(self.genes), ny, nx)
 
     def expected(self, bin_um: float, x0_um: float, y0_um: float, nx: int, ny: int) -> np.ndarray:
-        """Expected counts on bins: what `counts` would be on average over tissues with these cells and rates.
+        """Expected counts per bin: the mean of `counts` over tissues with these cells and rates.
 
-        The integral over a cell is a sum over 512 evenly spread points, so a bin of single cells is right to
-        about 1 %. Parameters and errors are those of `counts`.
+        The integral over a cell is a sum over 512 evenly spread points, accurate to about 1 % for a bin of the size of
+        a cell. Parameters and errors are those of `counts`.
 
         Returns
         -------
@@ -171,7 +170,7 @@ class Tissue:
         return np.ascontiguousarray(total.T.reshape(len(self.genes), ny, nx))
 
     def counts_in_discs(self, centres_um: np.ndarray, radius_um: float) -> sparse.csr_matrix:
-        """Realized counts (disc, gene), int32: good transcripts within `radius_um` of each centre.
+        """Observed counts (disc, gene), int32, of good transcripts within `radius_um` of each centre.
 
         Parameters
         ----------
@@ -186,13 +185,13 @@ class Tissue:
         return _tally(disc, self.good.feature[which], (len(members), len(self.genes)))
 
     def is_tissue(self, x_um: np.ndarray, y_um: np.ndarray) -> np.ndarray:
-        """Whether there is tissue (and not bare glass) at places in um; False outside the section's frame."""
+        """Whether points, um, lie on tissue instead of bare glass; False outside the section."""
         x_um, y_um = np.asarray(x_um, float), np.asarray(y_um, float)
         framed = (x_um >= 0) & (x_um < self.width_um) & (y_um >= 0) & (y_um < self.height_um)
         return framed & (self.morphology.at(self.morphology.region, x_um, y_um) != Region.BACKGROUND)
 
     def _binned(self, x_um, y_um, bin_um, x0_um, y0_um, nx, ny) -> np.ndarray:
-        """Flat bin (row * nx + column) of places, -1 outside the bins."""
+        """Flat bin (row * nx + column) of points, -1 outside the bins."""
         if not bin_um > 0 or nx < 1 or ny < 1:
             raise ValueError(f"bins must have a positive size and number, not {bin_um} um and {nx} x {ny}")
         column = np.floor((np.asarray(x_um, np.float64) - x0_um) / bin_um).astype(np.int64)
@@ -208,13 +207,12 @@ def simulate_tissue(
     seed: int | np.random.Generator = 0,
     counts_per_cell_scale: float = 1.0,
 ) -> Tissue:
-    """Simulate a breast-like section whose truth is known everywhere.
+    """Simulate a breast-like section with known truth.
 
-    Ducts, tumour nests, stroma, fat, vessels and immune clusters are laid out from smooth random fields,
-    filled with cells of ten types, and every cell reads out its genes: a rate by type (`genes.gene_table`),
-    times its size, times smooth programmes across the tissue; counts are negative binomial. Of the
-    transcripts 40 % lie in the nucleus and 3 % have left their cell; 5 % of low quality and 1 % of controls
-    are added on top, as an instrument does.
+    Ducts, tumour nests, stroma, fat, vessels and immune clusters are laid out from smooth random fields and filled
+    with cells of ten types. The expected counts of a cell are the rates of its type (`genes.gene_table`) times its
+    relative size, times smooth programmes across the tissue; counts are negative binomial. 40 % of the transcripts lie
+    in the nucleus and 3 % drift out of their cell. 5 % of low quality and 1 % of controls are added.
 
     Parameters
     ----------
@@ -223,9 +221,9 @@ def simulate_tissue(
     genes : sequence of str, int or None
         See `genes.gene_table`. None: 78 genes, all on the 10x Xenium Human Breast panel.
     seed : int or numpy.random.Generator
-        The only source of randomness: the same seed and arguments give the same tissue.
+        The same seed and arguments give the same tissue.
     counts_per_cell_scale : float
-        Multiplies all rates; about 60 counts a cell for the default genes at 1.
+        Factor of all rates; 1 gives about 60 counts per cell for the default genes.
 
     Returns
     -------
@@ -234,7 +232,7 @@ def simulate_tissue(
     Raises
     ------
     ValueError
-        If the extent is under 100 um, the scale is not positive, or the genes are not usable.
+        If the extent is under 100 um, the scale is not positive, or the genes are invalid.
     """
     if min(width_um, height_um) < 100:
         raise ValueError(f"a tissue must be at least 100 um wide and high, not {width_um} x {height_um} um")
@@ -270,7 +268,7 @@ def _tally(row, column, shape) -> sparse.csr_matrix:
 
 
 def _rates(table: GeneTable, morphology: Morphology, cells: Cells, rng) -> np.ndarray:
-    """Expected counts (cell, gene): the type's rate x relative area x the smooth programmes."""
+    """Expected counts (cell, gene): rate of the type x relative area x smooth programmes."""
     fields = np.stack([morphology.at(f, cells.x_um, cells.y_um) for f in morphology.programmes], 1)
     area = polygon_areas(cells.outline_um)
     typical = np.array(
@@ -285,12 +283,13 @@ def _rates(table: GeneTable, morphology: Morphology, cells: Cells, rng) -> np.nd
 
 
 def _draw_transcripts(table, cells, rates, extent_um, rng) -> Transcripts:
+    """Draw the transcripts of all cells, then those of low quality and controls."""
     shape = 1 / _DISPERSION
     counts = rng.poisson(rates * rng.gamma(shape, 1 / shape, rates.shape))  # (cell, gene)
     cell, gene = np.nonzero(counts)
     times = counts[cell, gene]
     owner, feature = np.repeat(cell, times), np.repeat(gene, times)
-    poor = rng.integers(0, max(len(owner), 1), int(0.05 * len(owner)))  # ghosts of the good ones
+    poor = rng.integers(0, max(len(owner), 1), int(0.05 * len(owner)))  # low-quality copies of good ones
     owner, feature = np.append(owner, owner[poor]), np.append(feature, feature[poor])
     x_um, y_um = _position(cells, owner, rng.random((len(owner), 5)), extent_um)
     qv = np.minimum(rng.gamma(9, 3.2, len(owner)) + MIN_QV, 40)
@@ -301,7 +300,7 @@ def _draw_transcripts(table, cells, rates, extent_um, rng) -> Transcripts:
     y_um = np.append(y_um, rng.uniform(0, extent_um[1], controls))
     feature = np.append(feature, len(table.genes) + rng.integers(0, len(CONTROL_NAMES), controls))
     qv = np.append(qv, rng.uniform(1, 40, controls))
-    x_um, y_um = (  # rounded as the instrument stores them, before anything is counted
+    x_um, y_um = (  # rounded to the instrument's precision before they are counted
         np.minimum(np.round(c * 64) / 64, e - 1 / 64).astype(np.float32)
         for c, e in ((x_um, extent_um[0]), (y_um, extent_um[1]))
     )
@@ -320,10 +319,10 @@ def _draw_transcripts(table, cells, rates, extent_um, rng) -> Transcripts:
 
 
 def _even_numbers(count: int) -> np.ndarray:
-    """(count, 5) numbers for `_position`, evenly spread and the same for every tissue.
+    """Evenly spread numbers (count, 5) for `_position`, the same for every tissue.
 
-    The first column goes in order, so each of the compartments it chooses gets consecutive members of the
-    plane's generalised golden ratio sequence (Roberts 2018), and those are evenly spread.
+    The first column ascends, so each compartment that it selects gets consecutive members of the generalised golden
+    ratio sequence in the plane (Roberts 2018), which are evenly spread.
     """
     golden = 1.3247179572447460
     order = np.arange(count)
@@ -332,10 +331,10 @@ def _even_numbers(count: int) -> np.ndarray:
 
 
 def _position(cells: Cells, owner: np.ndarray, u: np.ndarray, extent_um) -> tuple[np.ndarray, np.ndarray]:
-    """Turn five numbers in [0, 1) into a place in the owner's nucleus, in its outline, or adrift.
+    """Turn five numbers in [0, 1) into a position in the owner's nucleus, in its outline, or adrift.
 
-    Numbers and not a generator, so that random draws (transcripts) and quadrature (expectation) share one
-    law.
+    It takes numbers instead of a generator, so that random draws (transcripts) and quadrature (expectation) share one
+    distribution.
     """
     centre = np.stack([cells.x_um, cells.y_um], -1)
     xy = np.empty((len(owner), 2))
@@ -356,19 +355,19 @@ def _position(cells: Cells, owner: np.ndarray, u: np.ndarray, extent_um) -> tupl
             (1 - across) * spoke[mine, corner] + across * following[mine, corner]
         )
     adrift = u[:, 0] >= 1 - _ADRIFT
-    far = _DRIFT_UM * np.sqrt(-2 * np.log1p(-u[adrift, 3]))  # Box and Muller's normal numbers
+    far = _DRIFT_UM * np.sqrt(-2 * np.log1p(-u[adrift, 3]))  # Box-Muller transform
     xy[adrift] += far[:, None] * np.stack(
         [np.cos(2 * np.pi * u[adrift, 4]), np.sin(2 * np.pi * u[adrift, 4])], -1
     )
     extent = np.asarray(extent_um, float)
-    xy = extent - np.abs(extent - np.abs(xy))  # what drifts over the edge is mirrored back
+    xy = extent - np.abs(extent - np.abs(xy))  # positions beyond the edge are reflected
     return xy[:, 0], xy[:, 1]
 
 
 def _locate(
     cells: Cells, x_um: np.ndarray, y_um: np.ndarray, chunk: int = 200_000
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cell whose outline holds each place (int32, -1 for none), and whether its nucleus does."""
+    """Cell whose outline contains each point (int32, -1 for none), and whether its nucleus does."""
     centre = np.column_stack([cells.x_um, cells.y_um])
     tree = cKDTree(centre)
     near = min(6, len(cells))
@@ -387,7 +386,7 @@ def _locate(
 
 
 def _within(outline, centre, cell, xy) -> np.ndarray:
-    """Whether each place lies in the outline of its proposed cell: inside of the chord it faces."""
+    """Whether each point lies in the outline of its candidate cell: inside of the chord that it faces."""
     way = xy - centre[cell]
     corner = (
         np.floor(np.arctan2(way[:, 1], way[:, 0]) % (2 * np.pi) / (2 * np.pi / CORNERS)).astype(int) % CORNERS

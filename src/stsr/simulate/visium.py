@@ -1,4 +1,4 @@
-"""Write a simulated tissue as the folder Space Ranger leaves for a Visium section."""
+"""Write a simulated tissue as the output folder of Space Ranger for a Visium section."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def write_visium(
     image_um_per_px: float = 2.0,
     seed: int | np.random.Generator = 0,
 ) -> Path:
-    """Write the outs of Space Ranger: spots of 55 um, 100 um apart; return the folder.
+    """Write the output of Space Ranger, with spots of 55 um, 100 um apart; return the folder.
 
     `filtered_feature_bc_matrix.h5` (spots on tissue), `spatial/` with positions of all spots,
     `scalefactors_json.json`, `tissue_hires_image.png` and `tissue_lowres_image.png`, and `he_fullres.tif`. A
-    spot's counts are exactly the good transcripts within 27.5 um of its written centre, so
-    `tissue.counts_in_discs` is their truth; a real slide catches only some of them.
+    spot's counts are exactly the good transcripts within 27.5 um of its written centre, as in
+    `tissue.counts_in_discs`; a real slide captures only a part of them.
 
     Parameters
     ----------
@@ -40,14 +40,14 @@ def write_visium(
     version : int
         1: `tissue_positions_list.csv` without a header; 2: `tissue_positions.csv` with one.
     image_um_per_px : float
-        Pixel of the full-resolution image, in which positions are written, rounded to whole pixels.
+        Pixel size of the full-resolution image. Positions are in its pixels, rounded.
     seed : int or numpy.random.Generator
-        For the barcodes.
+        Seed of the barcodes.
 
     Raises
     ------
     FileExistsError
-        If the folder holds something.
+        If the folder is not empty.
     ValueError
         If the version is not 1 or 2, or the pixel size not positive.
     """
@@ -65,7 +65,7 @@ def write_visium(
     barcodes = _barcodes(len(row), np.random.default_rng(seed))
 
     counts = tissue.counts_in_discs(centres_um[on_tissue], SPOT_UM / 2)
-    attributes = {
+    attributes: dict[str, object] = {
         "chemistry_description": "Visium V1 Slide - v1 Chemistry",
         "filetype": "matrix",
         "library_ids": np.array([b"simulated"]),
@@ -98,7 +98,7 @@ def _write_small_images(spatial: Path, image: np.ndarray, image_um_per_px: float
     for size, limit in (("hires", _HIRES_PX), ("lowres", _LOWRES_PX)):
         factor = min(1.0, limit / max(image.shape[:2]))
         small = Image.fromarray(image).resize(
-            [max(1, round(side * factor)) for side in image.shape[1::-1]], Image.BOX
+            [max(1, round(side * factor)) for side in image.shape[1::-1]], Image.Resampling.BOX
         )
         small.save(spatial / f"tissue_{size}_image.png")
         scale[f"tissue_{size}_scalef"] = factor
@@ -106,7 +106,7 @@ def _write_small_images(spatial: Path, image: np.ndarray, image_um_per_px: float
 
 
 def _lattice(width_um: float, height_um: float) -> tuple[np.ndarray, np.ndarray]:
-    """Array rows and columns of the spots that fit wholly; columns count half pitches."""
+    """Array rows and columns of the spots that lie wholly inside; columns count half pitches."""
     rows = int((height_um - SPOT_UM) / (PITCH_UM * np.sqrt(0.75))) + 1
     columns = int((width_um - SPOT_UM) / (PITCH_UM / 2)) + 1
     row, column = np.indices((rows, columns)).reshape(2, -1)
@@ -115,7 +115,7 @@ def _lattice(width_um: float, height_um: float) -> tuple[np.ndarray, np.ndarray]
 
 
 def _barcodes(count: int, rng: np.random.Generator) -> list[str]:
-    """Different random barcodes such as `AACTAGCCTTGCAATA-1`."""
+    """Unique random barcodes such as `AACTAGCCTTGCAATA-1`."""
     number = np.unique(rng.integers(0, 4**16, 2 * count + 16))
     number = rng.permutation(number)[:count]
     letters = np.array(list("ACGT"))[(number[:, None] >> np.arange(0, 32, 2)) & 3]

@@ -1,11 +1,10 @@
-"""Write a simulated tissue as the folder a Xenium instrument leaves.
+"""Write a simulated tissue as the output folder of a Xenium instrument.
 
-What is covered of older versions is what readers trip over: cells are numbers and names are bytes in 1.0 to
-1.2, cells are texts as bytes in 1.3 to 1.9 (`seg_mask_value` in place of `polygon_sets`), text is
-`large_string` since 2.0, `is_gene` and `codeword_category` come with 3.0. Which of the counting columns of
-`cells.parquet` came with which 1.x release is simplified. Not written: morphology images, `analysis`, the csv
-and zarr copies of the tables, and, in `cells.zarr.zip`, the polygons' vertices. So `spatialdata_io.xenium`
-needs `morphology_focus=False` and `morphology_mip=False`.
+Of older versions it writes the differences that matter to readers: in 1.0 to 1.2 cells have numbers and names are
+bytes; in 1.3 to 1.9 cells have names, as bytes, and `seg_mask_value` replaces `polygon_sets`; since 2.0 text is
+`large_string`; 3.0 adds `is_gene` and `codeword_category`. The columns of counts in `cells.parquet` of 1.x are
+simplified. Not written: morphology images, `analysis`, the csv and zarr copies of the tables, and the vertices of
+polygons in `cells.zarr.zip`. So `spatialdata_io.xenium` needs `morphology_focus=False` and `morphology_mip=False`.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ from stsr.simulate.formats import (
 from stsr.simulate.histology import image_frame, render_he
 from stsr.simulate.tissue import FOV_UM, MIN_QV, Tissue, polygon_areas
 
-#: Side of an instrument pixel: masks and the alignment file are in this unit.
+#: Pixel of the instrument, in which masks and the alignment file are given.
 XENIUM_PX_UM = 0.2125
 
-_FIRST_ID = 2**48  # transcript ids of real runs start there
+_FIRST_ID = 2**48  # first transcript id of real runs
 _MASK_CHUNK = 1024
 
 
@@ -49,14 +48,14 @@ def write_xenium(
     turn_deg: float = 0.0,
     labels: bool = True,
 ) -> Path:
-    """Write the files of a Xenium run, with an H&E of the same section and its alignment; return the folder.
+    """Write the files of a Xenium run with an H&E of the same section and its alignment; return the folder.
 
-    `experiment.xenium`, `transcripts.parquet` (several row groups), `cells.parquet`,
+    Files: `experiment.xenium`, `transcripts.parquet` (several row groups), `cells.parquet`,
     `cell_boundaries.parquet`, `nucleus_boundaries.parquet`, `cell_feature_matrix.h5` (genes and controls),
-    `cells.zarr.zip`, `he_image.ome.tif`, `he_imagealignment.csv`. A reader that drops qv < 20 and controls
-    finds in each cell what the matrix holds.
+    `cells.zarr.zip`, `he_image.ome.tif`, `he_imagealignment.csv`. The transcripts of each cell with
+    qv of 20 or more and without controls are the counts in the matrix.
 
-    What older versions look like, and what is not written, stands at the head of this file.
+    See the head of this file for older versions and what is not written.
 
     Parameters
     ----------
@@ -66,18 +65,18 @@ def write_xenium(
     xoa : str
         Version whose layout to write, "1.0" to "3.x".
     image_um_per_px : float
-        Pixel of the H&E.
+        Pixel size of the H&E.
     mirror, turn_deg
-        How the H&E lies on the section; see `histology.image_frame`.
+        Orientation of the H&E; see `histology.image_frame`.
     labels : bool
-        Whether to fill the masks of `cells.zarr.zip` (slow for a large section); else they are zero.
+        Fill the masks of `cells.zarr.zip` (slow for a large section) instead of leaving them zero.
 
     Raises
     ------
     FileExistsError
-        If the folder holds something.
+        If the folder is not empty.
     ValueError
-        If the version is not covered or the pixel size not positive.
+        If the version is not supported, or the pixel size is not positive.
     """
     layout = xoa_layout(xoa)
     px_to_um, shape = image_frame(tissue, image_um_per_px, mirror, turn_deg)
@@ -85,7 +84,7 @@ def write_xenium(
     _write_transcripts_parquet(tissue, folder / "transcripts.parquet", layout)
     counts = _feature_counts(tissue)
     features = [feature_name(name, layout) for name in tissue.features]
-    barcodes = cell_names(np.arange(len(tissue.cells)), layout).astype("S")
+    barcodes = cell_names(np.arange(len(tissue.cells)), layout).astype("S").tolist()
     write_matrix_h5(folder / "cell_feature_matrix.h5", counts, barcodes, features, {})
     _write_cells_parquet(tissue, folder / "cells.parquet", counts, features, layout)
     for name, outline in (("cell", tissue.cells.outline_um), ("nucleus", tissue.cells.nucleus_um)):
@@ -101,7 +100,7 @@ def write_xenium(
 
 
 def _write_experiment(tissue: Tissue, folder: Path, layout: XoaLayout) -> None:
-    """Last of all: who finds it finds a whole folder."""
+    """Written last, so that a folder with this file is complete."""
     facts = {
         "major_version": 5,
         "minor_version": 0,
@@ -123,7 +122,7 @@ def _write_experiment(tissue: Tissue, folder: Path, layout: XoaLayout) -> None:
 
 
 def _feature_counts(tissue: Tissue) -> sparse.csr_matrix:
-    """Counts (cell, feature) of good quality, controls included, as the instrument's matrix has them."""
+    """Counts (cell, feature) of good quality, with controls, as in the instrument's matrix."""
     t = tissue.transcripts.take((tissue.transcripts.qv >= MIN_QV) & (tissue.transcripts.cell >= 0))
     ones = np.ones(len(t), np.int32)
     return sparse.coo_matrix(
@@ -162,14 +161,13 @@ def _write_transcripts_parquet(tissue: Tissue, path: Path, layout: XoaLayout) ->
     }
     wanted = list(columns)[:8] + list(layout.transcript_extras)
     table = pa.table({name: columns[name] for name in wanted})
-    rows = int(
-        np.clip(np.ceil(len(t) / 4), 1, 500_000)
-    )  # always several row groups, so that streaming is tried
+    # Always several row groups, so that streaming is tested.
+    rows = int(np.clip(np.ceil(len(t) / 4), 1, 500_000))
     pq.write_table(table, path, row_group_size=rows, compression="zstd")
 
 
 def _text(words, index: np.ndarray, layout: XoaLayout):
-    """The words at the given indices, as an arrow array of the layout's kind of text."""
+    """The words at the given indices, as an arrow array of the layout's text type."""
     import pyarrow as pa
 
     spelled = [word if isinstance(word, bytes) else str(word).encode() for word in words]
@@ -181,7 +179,7 @@ def _text(words, index: np.ndarray, layout: XoaLayout):
 
 
 def _nucleus_distance_um(tissue: Tissue) -> np.ndarray:
-    """Distance (n,) float32 from each transcript to the nucleus of its cell or the nearest one; 0 inside."""
+    """Distance (n,) float32 of each transcript to the nucleus of its cell, or to the nearest one; 0 inside."""
     t, cells = tissue.transcripts, tissue.cells
     owner = t.cell.copy()
     lost = owner < 0
@@ -224,7 +222,7 @@ def _write_cells_parquet(tissue: Tissue, path: Path, counts, features: list[str]
         "nucleus_count": np.ones(n, np.int64),
         "segmentation_method": pa.array(["Segmented by nucleus expansion of 5.0µm"] * n, pa.large_string()),
     }
-    newer = set(xoa_layout("3.0").cell_extras)  # every column that some older version lacks
+    newer = set(xoa_layout("3.0").cell_extras)  # columns that some older version lacks
     wanted = [name for name in columns if name not in newer or name in layout.cell_extras]
     pq.write_table(pa.table({name: columns[name] for name in wanted}), path, compression="zstd")
 
@@ -251,7 +249,7 @@ def _write_boundaries(path: Path, outline: np.ndarray, layout: XoaLayout) -> Non
 
 
 def _write_cells_zarr(tissue: Tissue, path: Path, layout: XoaLayout, labels: bool) -> None:
-    """The zipped zarr (version 2) of cell numbers, summaries and masks (0: nuclei, 1: cells)."""
+    """The zipped zarr (version 2) store of cell numbers, summaries and masks (0: nuclei, 1: cells)."""
     import zarr
 
     n, cells = len(tissue.cells), tissue.cells
@@ -286,15 +284,14 @@ def _write_cells_zarr(tissue: Tissue, path: Path, layout: XoaLayout, labels: boo
 
 
 def _paint_mask(mask, outline_px: np.ndarray) -> None:
-    """Fill a zarr array (y, x) with each outline's number from 1, one row of chunks at a time."""
+    """Fill a zarr array (y, x) with the number of each outline, from 1, one row of chunks at a time."""
     from PIL import Image, ImageDraw
 
     first, last = outline_px[..., 1].min(1), outline_px[..., 1].max(1)
     for top in range(0, mask.shape[0], _MASK_CHUNK):
         rows = min(_MASK_CHUNK, mask.shape[0] - top)
-        band = Image.new(
-            "I", (mask.shape[1], rows)
-        )  # thousands of outlines: Pillow's scan lines are the quick way
+        # Pillow's scan line fill is fast enough for thousands of outlines.
+        band = Image.new("I", (mask.shape[1], rows))
         pen = ImageDraw.Draw(band)
         for i in np.flatnonzero((last >= top) & (first < top + rows)):
             pen.polygon((outline_px[i] - (0.5, top + 0.5)).ravel().tolist(), fill=int(i) + 1)

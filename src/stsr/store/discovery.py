@@ -9,7 +9,14 @@ import numpy as np
 import scipy.sparse as sp
 
 from stsr.errors import StsrError
-from stsr.geometry.measurement import VISIUM_PITCH_UM, VISIUM_SPOT_UM
+from stsr.geometry.lattice import (
+    VISIUM_PITCH_UM,
+    VISIUM_SPOT_UM,
+    is_hexagonal,
+    is_visium_pitch,
+    lattice_um,
+    median_pitch,
+)
 from stsr.store import catalogue, names
 from stsr.store.elements import Frame
 
@@ -22,8 +29,6 @@ if TYPE_CHECKING:
 _HD_BINS = re.compile(r"(?:square|bin)_?(\d{3})um", re.IGNORECASE)  # spatialdata_io.visium_hd: square_008um
 _CELL_NAMES = (names.CELLS, "cell_boundaries", "cell_circles", "nucleus_boundaries")
 _LATTICE = ("array_row", "array_col")
-_SIX = 6  # neighbours on a hexagonal lattice
-_PITCH_TOLERANCE = 0.15  # how far from 100 um a pitch may be and still be Visium's
 
 
 def find_frame(sdata: SpatialData, system: str | None = None, um_per_unit: float | None = None) -> Frame:
@@ -172,19 +177,8 @@ def in_um(geometry: GeoDataFrame, to_um: np.ndarray) -> GeoDataFrame:
 
 def true_size(centres_um: np.ndarray, size_um: float, shape: str) -> float:
     """55 um for discs on Visium's lattice, whatever the store says; else what it says."""
-    pitch = median_pitch(centres_um)
-    is_visium = shape == "disc" and pitch and abs(pitch / VISIUM_PITCH_UM - 1) < _PITCH_TOLERANCE
+    is_visium = shape == "disc" and is_visium_pitch(median_pitch(centres_um))
     return VISIUM_SPOT_UM if is_visium else size_um
-
-
-def median_pitch(centres: np.ndarray) -> float | None:
-    """Median distance to the nearest other centre, None with fewer than two."""
-    from scipy.spatial import cKDTree
-
-    if len(centres) < 2:
-        return None
-    distance, _ = cKDTree(centres).query(centres, k=2)
-    return float(np.median(distance[:, 1]))
 
 
 def raw_counts(table: AnnData, rows: np.ndarray, where: str) -> tuple[sp.csr_matrix, list[str]]:
@@ -273,35 +267,8 @@ def _um_from_lattice(sdata, system: str) -> float | None:
     table = sdata.tables[found[1]].obs.iloc[rows]
     if all(key in table for key in _LATTICE):
         return lattice_um(centres, *(table[key].to_numpy(dtype=float) for key in _LATTICE))
-    return VISIUM_PITCH_UM / median_pitch(centres) if shape == "disc" and _is_hexagonal(centres) else None
-
-
-def _is_hexagonal(centres: np.ndarray) -> bool:
-    """Whether neighbours are equally far apart and up to six around one: nothing less speaks for Visium."""
-    from scipy.spatial import cKDTree
-
-    if len(centres) < _SIX + 1:
-        return False
-    distance, _ = cKDTree(centres).query(centres, k=_SIX + 1)  # (n, 7): itself and its neighbours
-    pitch = np.median(distance[:, 1])
-    near = np.abs(distance[:, 1:] / pitch - 1) < _PITCH_TOLERANCE
-    return bool(near[:, 0].mean() > 0.9 and near.sum(1).max() == _SIX)
-
-
-def lattice_um(centres: np.ndarray, array_row: np.ndarray, array_col: np.ndarray) -> float | None:
-    """um per unit from a hexagonal array: columns are 50 um apart, rows 100 um x sqrt(3) / 2.
-
-    Rows plus columns are even on Visium's hexagons; on a square array the step is not known, and the answer is None.
-    """
-    if np.any((array_row + array_col) % 2):
-        return None
-    ideal = np.stack([array_col * VISIUM_PITCH_UM / 2, array_row * VISIUM_PITCH_UM * np.sqrt(3) / 2], axis=1)
-    ideal, centred = ideal - ideal.mean(0), centres - centres.mean(0)
-    if np.linalg.matrix_rank(ideal) == 2:
-        to_units = np.linalg.lstsq(ideal, centred, rcond=None)[0]
-        return float(1 / np.sqrt(abs(np.linalg.det(to_units))))
-    length, units = np.linalg.norm(ideal), np.linalg.norm(centred)  # spots on one line
-    return float(length / units) if units else None
+    pitch = median_pitch(centres) if shape == "disc" and is_hexagonal(centres) else None
+    return VISIUM_PITCH_UM / pitch if pitch else None
 
 
 # ---------------------------------------------------------------------------------------------------- elements

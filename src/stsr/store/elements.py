@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from stsr.geometry.grid import Grid
-from stsr.histology.files import Picture
+from stsr.histology.image import Image, Pixels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,17 +55,24 @@ def placed(to_um: np.ndarray, frame: Frame = IN_UM) -> dict[str, Any]:
     return {frame.name: Affine(to_unit, input_axes=("x", "y"), output_axes=("x", "y"))}
 
 
-def he_image(picture: Picture):
-    """The H&E as a multi-scale image (c, y, x) in its own pixels.
+def with_pyramid(image: Image) -> Image:
+    """The image with several levels: its own, or lazy ones built here.
 
-    A file's own pyramid is used. One that is built here starts from an image whose sides are whole numbers of its
-    coarsest pixels (the last row and column repeated), so that levels lie on each other exactly.
+    A pyramid that is built here starts from an image whose sides are whole numbers of its coarsest pixels (the last
+    row and column are repeated), so that levels lie on each other exactly.
     """
+    if len(image.levels) > 1:
+        return image
+    return Image(_pyramid(image.levels[0]), image.px_to_um, path=image.path)
+
+
+def he_image(image: Image) -> Any:
+    """Make a multi-scale image (c, y, x) of the H&E in its own pixels, with its own pyramid or a new one."""
     from spatialdata.models import Image2DModel
     from spatialdata.transformations import set_transformation
     from xarray import DataArray, Dataset, DataTree
 
-    levels = list(picture.levels) if len(picture.levels) > 1 else _pyramid(picture.levels[0])
+    levels = with_pyramid(image).levels
     height, width = levels[0].shape[1:]
     scales = {}
     for number, level in enumerate(levels):
@@ -75,12 +82,12 @@ def he_image(picture: Picture):
         array = DataArray(level, name="image", dims=("c", "y", "x"), coords=coords, attrs={"transform": {}})
         scales[f"scale{number}"] = Dataset({"image": array})
     tree = DataTree.from_dict(scales)
-    set_transformation(tree, placed(picture.px_to_um)[UM], UM)
+    set_transformation(tree, placed(image.px_to_um)[UM], UM)
     Image2DModel().validate(tree)
     return tree
 
 
-def _pyramid(level) -> list:
+def _pyramid(level: Pixels) -> list[Pixels]:
     import dask.array as da
 
     halvings = 0

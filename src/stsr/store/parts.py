@@ -12,9 +12,9 @@ import scipy.sparse as sp
 
 from stsr.errors import UsageError
 from stsr.geometry.grid import Grid
+from stsr.geometry.lattice import bounds_of, grid_around, median_pitch
 from stsr.geometry.measurement import Measurement
 from stsr.geometry.outlines import areas
-from stsr.store import discovery
 from stsr.store.arrays import StoredArray
 
 if TYPE_CHECKING:
@@ -49,14 +49,16 @@ class Spots:
     @property
     def bounds_um(self) -> tuple[float, float, float, float]:
         """(x0, y0, x1, y1) around all spots whole, um."""
-        reach = self.size_um / 2
-        (x0, y0), (x1, y1) = self.centres_um.min(0) - reach, self.centres_um.max(0) + reach
-        return float(x0), float(y0), float(x1), float(y1)
+        return bounds_of(self.centres_um, self.size_um)
 
     @cached_property
     def pitch_um(self) -> float:
         """Median distance to the nearest other spot, um; the size where there is one spot."""
-        return discovery.median_pitch(self.centres_um) or self.size_um
+        return median_pitch(self.centres_um) or self.size_um
+
+    def grid(self, bin_um: float) -> Grid:
+        """The section's raster around the spots; see `stsr.geometry.lattice.grid_around`."""
+        return grid_around(self.centres_um, self.size_um, bin_um)
 
     def measurement(self, grid: Grid) -> Measurement:
         """Which part of each bin each spot sees."""
@@ -171,9 +173,18 @@ class Map:
 class Mask:
     """A label image placed in um; 0 is outside."""
 
-    def __init__(self, labels: StoredArray, px_to_um: np.ndarray):
+    def __init__(self, labels: StoredArray | np.ndarray, px_to_um: np.ndarray):
         self._labels = labels
         self._um_to_px = np.linalg.inv(px_to_um)
+        self._px_to_um = np.asarray(px_to_um, dtype=np.float64)
+
+    @property
+    def grid(self) -> Grid | None:
+        """The raster of the labels, um; None where it is not one of square bins along the axes."""
+        (bin_um, skew_x, x0), (skew_y, bin_y_um, y0) = self._px_to_um[:2]
+        if bin_um <= 0 or max(abs(skew_x), abs(skew_y), abs(bin_um - bin_y_um)) > 1e-6 * bin_um:
+            return None
+        return Grid(float(x0), float(y0), float(bin_um), *self._labels.shape)
 
     def read(self, grid: Grid) -> np.ndarray:
         """Bins whose centre lies in the mask, (height, width) bool; False beyond the label image."""

@@ -36,6 +36,7 @@ from stsr.store.consolidated import (
     list_labels,
     write_json,
 )
+from stsr.store.threads import own_threads
 from stsr.store.workspace import JOURNAL, Workspace, exchange, locked, move, remove_path
 
 
@@ -80,7 +81,7 @@ def create(
         if (work.path / "replaced.zarr").exists() and not store.exists():
             os.rename(work.path / "replaced.zarr", store)  # a killed run without an atomic exchange
         work.wipe()
-        with catalogue.quiet():
+        with catalogue.quiet(), own_threads():
             sdata.write(work.new, update_sdata_path=False)
         consolidate(work.new)  # spatialdata does not, when it leaves the path of ``sdata`` alone
         record = {name: {"origin": names.MEASURED, **entry} for name, entry in provenance.items()}

@@ -11,6 +11,7 @@ import numpy as np
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import LR_UM, Grid, add_up
 from stsr.histology.image import Image
+from stsr.histology.tissue import SUPPORT_UM, supported
 from stsr.store import catalogue, discovery, names
 from stsr.store.arrays import StoredArray
 from stsr.store.catalogue import Catalogue
@@ -19,9 +20,6 @@ from stsr.store.parts import Cells, Map, Mask, Spots
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
-
-SUPPORT_UM = 10.0
-"""Bin size at which support is decided; coarser bins follow from it."""
 
 
 def open_section(
@@ -194,22 +192,28 @@ class Section:
         return Mask(self.arrays("labels", names.TISSUE)[0], self.to_um(self.sdata.labels[names.TISSUE]))
 
     def support(self, grid: Grid) -> np.ndarray:
-        """Where a map may be believed: (height, width) bool.
+        """Bins where a map may be believed: (height, width) bool.
 
-        A bin counts where the H&E covers it, tissue is, and a spot is near; of these, what the section has. Bins
-        coarser than `SUPPORT_UM` count if at least half of their area does. The labels ``support`` hold the same.
+        A bin counts if the H&E covers it, it lies in tissue, and a spot is near; what the section lacks is no
+        condition. Bins that are multiples of 10 um count if at least half of their area does. Where the store has
+        labels ``support`` with bins of this size on the same raster, they are read.
         """
+        stored = self._stored_support
+        if stored is not None and _coincide(stored.grid, grid):
+            return stored.read(grid)
         factor = round(grid.bin_um / SUPPORT_UM)
         if factor > 1 and abs(factor * SUPPORT_UM - grid.bin_um) < 1e-6:
             return 2 * add_up(self.support(grid.at(SUPPORT_UM)).astype(np.int64), factor) >= factor**2
-        supported = np.ones(grid.shape, bool)
-        if self.image is not None:
-            supported &= np.asarray(self.image.covered(grid)) > 0.5
-        if self.tissue is not None:
-            supported &= self.tissue.read(grid)
-        if self.spots is not None:
-            supported &= self.spots.measurement(grid).nearest >= 0
-        return supported
+        tissue = self.tissue.read if self.tissue is not None else None
+        centres_um = self.spots.centres_um if self.spots is not None else None
+        return supported(grid, self.image, tissue, centres_um)
+
+    @cached_property
+    def _stored_support(self) -> Mask | None:
+        if self.elements.get(names.SUPPORT) != "labels":
+            return None
+        to_um = discovery.affine(self.sdata.labels[names.SUPPORT], self.frame.name, self.frame.um_per_unit)
+        return Mask(self.arrays("labels", names.SUPPORT)[0], to_um)
 
     @cached_property
     def cells(self) -> Cells | None:
@@ -258,10 +262,7 @@ class Section:
             return Grid.covering(self.hr.grid.bounds_um, bin_um)
         if self.spots is None:
             return Grid.covering(self.extent_um, bin_um)
-        x0, y0, x1, y1 = self.spots.bounds_um
-        # Half of the space between spots belongs to the spots at the rim.
-        around = max(0.0, (min(self.spots.pitch_um, 2 * LR_UM) - self.spots.size_um) / 2)
-        return Grid.covering((x0 - around, y0 - around, x1 + around, y1 + around), bin_um)
+        return self.spots.grid(bin_um)
 
     def describe(self) -> dict[str, Any]:
         """Summarise the section as plain JSON types, as `stsr info` prints it; missing parts are None."""
@@ -305,3 +306,14 @@ class Section:
     def to_um(self, element: Any) -> np.ndarray:
         """Affine (3, 3) from the own coordinates (x, y, 1) of a SpatialData element to um."""
         return discovery.affine(element, self.frame.name, self.frame.um_per_unit)
+
+
+def _coincide(stored: Grid | None, grid: Grid) -> bool:
+    """Whether the bins of two grids are of the same size and lie on each other."""
+    if stored is None:
+        return False
+    try:
+        stored.offset_of(grid)
+    except ValueError:
+        return False
+    return True

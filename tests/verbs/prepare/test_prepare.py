@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,12 @@ import tifffile
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid, add_up
+from stsr.histology.image import Image
+from stsr.platforms.source import Options
 from stsr.simulate import simulate_tissue, write_visium, write_xenium
 from stsr.store import catalogue
 from stsr.store.section import open_section
+from stsr.verbs.prepare.job import PrepareJob
 from stsr.verbs.prepare.verb import prepare
 
 
@@ -69,6 +73,7 @@ def test_store_has_the_elements_of_the_design(section):
         "he": "images",
         "hr_10um": "images",
         "tissue": "labels",
+        "support": "labels",
         "spots": "shapes",
         "cells": "shapes",
         "spots_table": "tables",
@@ -192,7 +197,44 @@ def test_mirrored_alignment_is_suspected(broken, tmp_path):
     np.savetxt(file, to_px @ mirror, delimiter=",")
     told = []
     prepare(broken, tmp_path / "s.zarr", warn=told.append)
-    assert any("mirrored" in sentence or "turned" in sentence for sentence in told)
+    assert any("mirrored" in sentence or "rotated" in sentence for sentence in told)
+
+
+def test_the_command_line_is_kept_with_every_option(folder, tmp_path):
+    prepare(folder, tmp_path / "s.zarr", genes=["LUM"], refine=False)
+    arguments = open_section(tmp_path / "s.zarr").provenance["spots"]["arguments"]
+    assert arguments.endswith("--genes LUM --no-refine")
+    image, csv = (folder / name for name in ("he_image.ome.tif", "he_imagealignment.csv"))
+    job = PrepareJob(
+        path=folder,
+        output=tmp_path / "my store.zarr",
+        options=Options(he=image, alignment=csv, um_per_px=0.75, min_qv=0, genes=("LUM", "GATA3")),
+        spots="visium",
+        bin_um=20,
+        refine=False,
+        overwrite=True,
+    )
+    assert shlex.split(job.command) == [
+        *("stsr", "prepare", "run", "--output", "my store.zarr", "--spots", "visium", "--bin-um", "20"),
+        *("--min-qv", "0", "--um-per-px", "0.75", "--he", image.name, "--alignment", csv.name),
+        *("--genes", "LUM,GATA3", "--no-refine", "--overwrite"),
+    ]
+    plain = PrepareJob(path=folder, output=Path("run.zarr"))
+    assert plain.command == "stsr prepare run --spots square --bin-um 10 --min-qv 20"
+
+
+def test_the_image_is_resampled_once_per_alignment(folder, tmp_path, monkeypatch):
+    read, alignments = Image.read, []
+
+    def counted(self, grid, fill=255):
+        if not isinstance(self.levels[0], np.ndarray):  # not the small overview in memory
+            alignments.append(self.px_to_um.tobytes())
+        return read(self, grid, fill)
+
+    monkeypatch.setattr(Image, "read", counted)
+    prepare(folder, tmp_path / "s.zarr")
+    assert 2 <= len(alignments) <= 5
+    assert len(set(alignments)) == len(alignments)
 
 
 def test_visium_folder_becomes_a_section(tissue, tmp_path):
@@ -318,7 +360,7 @@ BAD = {
     "cut description": (spoil("experiment.xenium"), "experiment.xenium is damaged"),
     "no description": (remove("experiment.xenium"), "experiment.xenium .* is missing"),
     "no alignment": (remove("he_imagealignment.csv"), "he_imagealignment.csv is missing"),
-    "image elsewhere": (shift, "puts it elsewhere"),
+    "image elsewhere": (shift, "of another image"),
     "image too large": (grow, "--um-per-px"),
     "wrong pixel size": (pixel(2.125), "pixel size of 2.125"),
     "no pixel size": (pixel(None), "pixel size"),
@@ -340,6 +382,27 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(broken, tmp_path, name):
     with pytest.raises(StsrError, match=words) as caught:
         prepare(broken, out / "s.zarr")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("compression", ["deflate", "lzw", "jpeg"])
+def test_a_damaged_tile_is_one_sentence_and_leaves_nothing(broken, tmp_path, compression):
+    """Only the finest level is damaged, which is not read before the store is written."""
+    file, out = broken / "he_image.ome.tif", tmp_path / "out"
+    rgb = tifffile.imread(file, level=0)
+    options = {"tile": (256, 256), "photometric": "rgb", "compression": compression}
+    with tifffile.TiffWriter(file, ome=True) as tiff:
+        tiff.write(rgb, subifds=1, metadata={"PhysicalSizeX": 0.75, "PhysicalSizeXUnit": "µm"}, **options)
+        tiff.write(rgb[::2, ::2], subfiletype=1, **options)
+    with tifffile.TiffFile(file) as tiff:
+        start, size = tiff.pages[0].dataoffsets[3], tiff.pages[0].databytecounts[3]
+    with file.open("r+b") as damaged:
+        damaged.seek(start)
+        damaged.write(b"\x07" * size)
+    out.mkdir()
+    with pytest.raises(StsrError, match=r"he_image.ome.tif is damaged.*copy it again") as caught:
+        prepare(broken, out / "s.zarr")
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 1
     assert list(out.iterdir()) == []
 
 

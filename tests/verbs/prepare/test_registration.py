@@ -22,10 +22,6 @@ def tissue():
     return counts, np.repeat(image[None], 3, 0)
 
 
-def drawn(image):
-    return lambda px_to_um, grid: Image([image], px_to_um).read(grid)
-
-
 def corners_error(px_to_um):
     corners = np.array([[40, 360, 40, 360], [40, 40, 360, 360], [1, 1, 1, 1.0]])
     return np.linalg.norm(((px_to_um - np.diag([5, 5, 1.0])) @ corners)[:2], axis=0).max()
@@ -34,7 +30,7 @@ def corners_error(px_to_um):
 def test_a_slightly_wrong_alignment_is_put_right(tissue):
     counts, image = tissue
     wrong = np.array([[5.06, 0.05, -22.0], [-0.04, 4.96, 28.0], [0, 0, 1.0]])
-    found = refine(drawn(image), wrong, counts, GRID)
+    found = refine(Image([image], wrong), counts, GRID)
     assert found.applied and found.correlation_after > found.correlation_before + 0.2
     assert corners_error(wrong) > 20
     assert corners_error(found.px_to_um) < 2.5
@@ -43,7 +39,7 @@ def test_a_slightly_wrong_alignment_is_put_right(tissue):
 
 def test_a_right_alignment_stays(tissue):
     counts, image = tissue
-    found = refine(drawn(image), np.diag([5, 5, 1.0]), counts, GRID)
+    found = refine(Image([image], np.diag([5, 5, 1.0])), counts, GRID)
     assert not found.applied
     np.testing.assert_array_equal(found.px_to_um, np.diag([5, 5, 1.0]))
 
@@ -51,5 +47,5 @@ def test_a_right_alignment_stays(tissue):
 def test_an_image_of_something_else_moves_nothing(tissue):
     counts, image = tissue
     other = np.random.default_rng(1).permuted(image.reshape(3, -1), axis=1).reshape(image.shape)
-    found = refine(drawn(other), np.diag([5, 5, 1.0]), counts, GRID)
+    found = refine(Image([other], np.diag([5, 5, 1.0])), counts, GRID)
     assert not found.applied

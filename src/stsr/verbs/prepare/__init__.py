@@ -1,1 +1,1 @@
-"""``stsr prepare``."""
+"""``stsr prepare``: convert an instrument's output to a section store."""

@@ -1,4 +1,4 @@
-"""Streamed counting: transcripts come in chunks, counts of genes in places go out in blocks of genes."""
+"""Count transcripts in bounded memory: chunks of transcripts in, blocks of genes out."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _KEY_LIMIT = 2**32
 
 
 class Counter:
-    """Counts of genes in places (bins, or spots), in bounded memory.
+    """Counts of genes in places (bins or spots).
 
-    Each transcript becomes one 4-byte key in an unlinked temporary file, sorted by blocks of genes; a block is
-    counted when it is asked for. Memory is one chunk and one block, however many transcripts or genes there are, and
-    nothing is left behind however the process ends.
+    Each transcript becomes a 4-byte key in an unlinked temporary file, sorted by blocks of genes. A block is counted
+    when it is asked for. Memory holds one chunk and one block, whatever the number of transcripts and genes. The
+    temporary file disappears with the process.
 
     Parameters
     ----------
     genes, places
-        How many there are.
+        Their numbers.
 
     Raises
     ------
     ValueError
-        If a key of 4 bytes cannot name every gene of a block in every place.
+        If there are more pairs of a gene of a block and a place than 4-byte keys.
     """
 
     def __init__(self, genes: int, places: int):
@@ -49,39 +49,39 @@ class Counter:
         np.add.at(self.per_place, place, 1)
         self.per_gene += np.bincount(gene, minlength=self.genes)
         key = (gene % GENES_PER_BLOCK) * np.uint32(self.places) + place.astype(np.uint32)
-        # Eight or sixteen bits make numpy's stable sort a radix sort, ten times faster than sorting keys.
+        # For 8 and 16 bits numpy's stable sort is a radix sort, ten times faster than sorting the keys.
         block = (gene // GENES_PER_BLOCK).astype(np.uint8 if self.blocks <= 256 else np.uint16)
         order = np.argsort(block, kind="stable")
         try:
-            self._spool.write(key[order])
+            self._spool.write(key[order].data)
             self._spool.flush()
         except OSError as error:
             where = tempfile.gettempdir()
             raise StsrError(
-                f"no space for temporary files in {where}; set TMPDIR to a larger disk"
+                f"no space for temporary files in {where}; set TMPDIR to a folder on a larger disk"
             ) from error
         self._ends.append(self._written + np.cumsum(np.bincount(block, minlength=self.blocks)))
         self._written += len(key)
 
-    def block(self, number: int, dtype=np.uint32) -> np.ndarray:
+    def block(self, number: int, dtype: type = np.uint32) -> np.ndarray:
         """Counts of block ``number``: (genes in block, places). Safe to call from several threads."""
-        counts = np.zeros((self._genes_in(number), self.places), dtype)
+        counts: np.ndarray = np.zeros((self._genes_in(number), self.places), dtype)
         flat = counts.reshape(-1)
         for keys in self._keys(number):
             np.add.at(flat, keys, dtype(1))
         return counts
 
     def grouped(self, number: int, group: np.ndarray, groups: int) -> np.ndarray:
-        """Counts of block ``number`` in groups of places: (genes in block, groups) uint32.
+        """Counts of a block summed over groups of places: (genes in block, groups) uint32.
 
         Parameters
         ----------
         number
-            Of the block.
+            Number of the block.
         group
             Group of each place (places,), below ``groups``.
         groups
-            How many there are.
+            Number of groups.
         """
         counts = np.zeros((self._genes_in(number), groups), np.uint32)
         flat, places = counts.reshape(-1), np.uint32(self.places)
@@ -93,7 +93,7 @@ class Counter:
 
     @property
     def dtype(self) -> type:
-        """The smallest type that surely holds every count: a place's total bounds each gene in it."""
+        """Type that holds every count: 16 bits if no place has more transcripts in total."""
         return np.uint16 if self.per_place.max(initial=0) < 2**16 else np.uint32
 
     def _genes_in(self, number: int) -> int:

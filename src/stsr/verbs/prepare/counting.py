@@ -1,4 +1,4 @@
-"""From a stream of transcripts to counts per bin, the tissue, and the spots that would have been measured."""
+"""Count a stream of transcripts per bin, find the tissue, and simulate spots."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import scipy.sparse as sp
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import LR_UM, Grid, bins_per_lr
-from stsr.geometry.measurement import VISIUM_SPOT_UM, Measurement, hexagonal_lattice
+from stsr.geometry.lattice import VISIUM_SPOT_UM, hexagonal_lattice
+from stsr.geometry.measurement import nearest_spot
 from stsr.histology import tissue
-from stsr.platforms.source import Spots, Transcripts
+from stsr.platforms.source import Chunk, Spots, Transcripts
 from stsr.progress import Progress, silent
 from stsr.verbs.prepare.binning import Counter
 
-SPOT_KINDS = ("square", "visium")
-_LOCATE_UM = 10.0  # fine enough that the nearest lattice point of a bin is that of every transcript in a disc
-_IN_TISSUE = 0.25  # of a spot's area; Visium too counts spots at the rim that tissue covers in part
-_TOUCH_UM = 1e-3  # so that the last transcript is inside, not on the far edge
+_LOCATE_UM = 10.0  # so fine that all transcripts of a bin that lie in a disc lie in the bin's nearest one
+_IN_TISSUE = 0.25  # least share of a spot's area; Visium too keeps spots that tissue covers in part
+_TOUCH_UM = 1e-3  # added to the bounds so that the last transcript lies inside
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What one pass over the transcripts gives.
+    """The result of one pass over the transcripts.
 
     Parameters
     ----------
@@ -33,11 +33,11 @@ class Counted:
     counter
         Counts of genes per bin.
     mask
-        Tissue (height, width) bool.
+        Tissue mask (height, width) bool.
     spots
-        Simulated spots in tissue, with integer counts; None if not asked for.
+        Simulated spots in tissue with raw counts, or None.
     kept, low_quality, other
-        Numbers of transcripts: counted, dropped for quality, dropped as controls or genes not asked for.
+        Numbers of transcripts: counted, dropped for low quality, dropped as controls or unwanted genes.
     """
 
     grid: Grid
@@ -50,7 +50,7 @@ class Counted:
 
 
 def grid_over(bounds_um: tuple[float, float, float, float], bin_um: float) -> Grid:
-    """The grid that covers bounds, from the last whole bin before them: bins of all sections lie at multiples."""
+    """The smallest grid over the bounds (x0, y0, x1, y1), um, whose corner is a multiple of the bin size."""
     x0, y0, x1, y1 = bounds_um
     corner = float(np.floor(x0 / bin_um) * bin_um), float(np.floor(y0 / bin_um) * bin_um)
     return Grid.covering((*corner, x1 + _TOUCH_UM, y1 + _TOUCH_UM), bin_um)
@@ -70,9 +70,9 @@ def count(
     transcripts
         The stream.
     genes
-        Panel: what the stream's gene indices mean.
+        The panel, which the stream's gene indices refer to.
     bin_um
-        Bin size; must nest in 100 um.
+        Bin size, um; must divide 100 um.
     spots
         ``"square"`` (100 um side by side), ``"visium"`` (55 um discs, hexagonal, 100 um apart) or None.
     progress
@@ -81,7 +81,7 @@ def count(
     Raises
     ------
     UsageError
-        If the section has more bins than can be counted in.
+        If the section has too many bins.
     StsrError
         If no transcript passes the filters or no tissue is found.
     """
@@ -90,16 +90,38 @@ def count(
         counter = Counter(len(genes), grid.height * grid.width)
     except ValueError:
         raise UsageError(
-            f"bins of {bin_um:g} um are too many on this section; choose larger ones with --bin-um"
+            f"bins of {bin_um:g} um are too many for this section; choose larger ones with --bin-um"
         ) from None
     discs = _Discs(grid, len(genes)) if spots == "visium" else None
+    low, other = _count_all(transcripts, grid, counter, discs, progress)
+    kept = int(counter.per_gene.sum())
+    if not kept:
+        raise StsrError(
+            f"no transcript of a gene is left of {low + other}; lower --min-qv or choose other genes"
+        )
+    mask = tissue.from_density(counter.per_place.reshape(grid.shape), grid, transcripts.apart_um)
+    if not mask.any():
+        raise StsrError(
+            f"no tissue found: {kept} transcripts are too sparse over {grid.width * bin_um:g} x "
+            f"{grid.height * bin_um:g} um; check that the file of transcripts is complete"
+        )
+    simulated = None
+    if spots is not None:
+        simulated = discs.spots(grid, mask, genes) if discs else _squares(grid, counter, mask, genes)
+    return Counted(grid, counter, mask, simulated, kept, low, other)
+
+
+def _count_all(
+    transcripts: Transcripts, grid: Grid, counter: Counter, discs: _Discs | None, progress: Progress
+) -> tuple[int, int]:
+    """Count every transcript; return the numbers of those dropped for quality and for other reasons."""
     read = low = other = 0
     for chunk in transcripts.chunks():
         rows, columns, inside = grid.rows_columns(chunk.x_um, chunk.y_um)
         bins = rows * grid.width + columns
         if not inside.all():
             raise StsrError(
-                "transcripts lie outside their own bounds; the file's statistics are wrong, write it anew"
+                "transcripts lie outside the bounds in the file's statistics, which are wrong; write the file again"
             )
         counter.add(chunk.gene, bins)
         if discs is not None:
@@ -108,53 +130,39 @@ def count(
         read += len(bins) + chunk.low_quality + chunk.other
         if transcripts.rows:
             progress(read, transcripts.rows, "counting transcripts")
-    kept = int(counter.per_gene.sum())
-    if not kept:
-        raise StsrError(
-            f"no transcript of a gene is left of {read}; lower the least quality or choose other genes"
-        )
-    mask = tissue.from_density(counter.per_place.reshape(grid.shape), grid, transcripts.apart_um)
-    if not mask.any():
-        raise StsrError(
-            f"no tissue found: {kept} transcripts lie too thinly over {grid.width * bin_um:g} x "
-            f"{grid.height * bin_um:g} um; check that the file of transcripts is whole"
-        )
-    simulated = (
-        discs.spots(grid, mask, genes) if discs else _squares(grid, counter, mask, genes) if spots else None
-    )
-    return Counted(grid, counter, mask, simulated, kept, low, other)
+    return low, other
 
 
 def _grid(transcripts: Transcripts, bin_um: float) -> Grid:
-    if transcripts.bin_um is None:
+    if transcripts.bin_um is None or transcripts.corner_um is None:
         return grid_over(transcripts.bounds_um, bin_um)
     if bin_um % transcripts.bin_um > 1e-6:
         raise StsrError(
             f"the section holds counts in bins of {transcripts.bin_um:g} um, which do not add up to {bin_um:g} um; "
             f"choose a multiple with --bin-um"
         )
-    return Grid.covering((*transcripts.corner_um, *transcripts.bounds_um[2:]), bin_um)
+    (x0, y0), (_, _, x1, y1) = transcripts.corner_um, transcripts.bounds_um
+    return Grid.covering((x0, y0, x1, y1), bin_um)
 
 
 class _Discs:
-    """Visium's spots over a grid, counting the transcripts that lie in each."""
+    """Visium spots over a grid, and the counts of transcripts in each."""
 
     def __init__(self, grid: Grid, genes: int):
         self.centres_um = hexagonal_lattice(grid.bounds_um)
         if not len(self.centres_um):
             raise StsrError("the section is smaller than a Visium spot; use --spots square")
         self.grid = grid.at(_LOCATE_UM)
-        # Which spot is nearest needs no matrix, and the matrix of a whole slide's discs takes a while.
-        no_matrix = sp.csr_matrix((len(self.centres_um), self.grid.height * self.grid.width))
-        nearest = Measurement(self.grid, no_matrix, self.centres_um).nearest
-        self.nearest = nearest.ravel().astype(np.int32)
+        self.nearest = nearest_spot(self.grid, self.centres_um).ravel().astype(np.int32)
         self.counter = Counter(genes, len(self.centres_um))
 
-    def add(self, chunk) -> None:
+    def add(self, chunk: Chunk) -> None:
+        """Count the transcripts of a chunk."""
         spot = self._spot_at(chunk.x_um, chunk.y_um)
         self.counter.add(chunk.gene[spot >= 0], spot[spot >= 0])
 
     def spots(self, grid: Grid, mask: np.ndarray, genes: list[str]) -> Spots:
+        """The spots in tissue with their counts."""
         x, y = grid.centres_um()
         spot = self._spot_at(*(axis.ravel() for axis in np.meshgrid(x, y)))
         keep = _in_tissue(spot, mask, len(self.centres_um))
@@ -162,16 +170,16 @@ class _Discs:
         return _spots(self.centres_um[keep], "disc", VISIUM_SPOT_UM, counts, genes)
 
     def _spot_at(self, x_um: np.ndarray, y_um: np.ndarray) -> np.ndarray:
-        """Index of the spot that each point lies in, -1 for none."""
+        """Index (n,) of the spot that each point lies in, -1 for none."""
         rows, columns, _ = self.grid.rows_columns(x_um, y_um)
         spot = self.nearest[rows * self.grid.width + columns]
-        centres = self.centres_um[spot]  # (n, 2); of any spot where there is none
+        centres = self.centres_um[spot]  # (n, 2); of the last spot where there is none
         inside = (x_um - centres[:, 0]) ** 2 + (y_um - centres[:, 1]) ** 2 <= (VISIUM_SPOT_UM / 2) ** 2
         return np.where(inside, spot, -1)
 
 
 def _squares(grid: Grid, counter: Counter, mask: np.ndarray, genes: list[str]) -> Spots:
-    """Squares of 100 um: sums of bins."""
+    """Square spots of 100 um: sums of bins."""
     coarse, per_lr = grid.at(LR_UM), bins_per_lr(grid.bin_um)
     rows, columns = np.indices(grid.shape, dtype=np.int32)
     square = ((rows // per_lr) * coarse.width + columns // per_lr).ravel()
@@ -183,7 +191,7 @@ def _squares(grid: Grid, counter: Counter, mask: np.ndarray, genes: list[str]) -
 
 
 def _in_tissue(spot: np.ndarray, mask: np.ndarray, spots: int) -> np.ndarray:
-    """Spots that tissue covers enough of, from the spot of each bin (bins,), -1 for none."""
+    """Indices of the spots with enough tissue, from the spot of each bin (bins,), -1 for none."""
     seen = spot >= 0
     area = np.bincount(spot[seen], minlength=spots)
     covered = np.bincount(spot[seen & mask.ravel()], minlength=spots)

@@ -1,4 +1,4 @@
-"""Does the H&E fit what was measured? Its overlap with the counts, and whether staining follows them."""
+"""Check that the H&E fits the counts: that it covers them, and that staining correlates with them."""
 
 from __future__ import annotations
 
@@ -6,115 +6,114 @@ import numpy as np
 
 from stsr.errors import StsrError
 from stsr.geometry.grid import Grid
-from stsr.histology.files import Picture
+from stsr.histology.image import Image
 from stsr.histology.tissue import darkness
 
-_LEAST_OVERLAP = 0.5  # of what was measured
+_LEAST_OVERLAP = 0.5  # share of the counts
 _CHECK_UM = 50.0
-_POOR_FIT = 0.15  # correlation of staining and counts; right alignments here reach 0.5 and more
-_CLEARLY_BETTER = 0.2
+_POOR_FIT = 0.15  # correlation of staining and counts; correct alignments reach 0.5 and more
+_CLEARLY_BETTER = 0.2  # in correlation
 
 
-def overlap(picture: Picture, counts: np.ndarray, grid: Grid, what: str = "transcripts") -> float:
-    """Part of what was measured that the image covers.
+def overlap(image: Image, counts: np.ndarray, grid: Grid, what: str = "transcripts") -> float:
+    """Share of the counts (0..1) that the image covers.
 
     Parameters
     ----------
-    picture
+    image
         The H&E.
     counts
-        Per bin (height, width).
+        Counts per bin (height, width).
     grid
         The bins.
     what
-        Was measured; for the message.
+        What the counts are of, for the message.
 
     Raises
     ------
     StsrError
         If the image covers less than half.
     """
-    share = float(counts[picture.covered(grid)].sum() / max(counts.sum(), 1))
+    share = float(counts[image.covered(grid)].sum() / max(counts.sum(), 1))
     if share < _LEAST_OVERLAP:
         raise StsrError(
-            f"the H&E covers only {share:.0%} of the {what}: its alignment puts it elsewhere; give the alignment made "
+            f"the H&E covers only {share:.0%} of the {what}: its alignment is of another image; give the one made "
             f"for this image with --alignment"
         )
     return share
 
 
-def fit(picture: Picture, counts: np.ndarray, grid: Grid, sparse: bool = False) -> tuple[float, list[str]]:
-    """How well staining and counts agree, and what seems wrong if they do not.
+def fit(image: Image, counts: np.ndarray, grid: Grid, sparse: bool = False) -> tuple[float, list[str]]:
+    """Correlate staining and counts, and warn of a wrong alignment.
 
-    Nuclei stain dark and hold the transcripts, so over 50 um both rise and fall together. The same image mirrored or
-    turned about its centre shows how much of that is chance.
+    Nuclei stain dark and hold the transcripts, so the two correlate at 50 um. The same image mirrored or rotated about
+    its centre shows how much of the correlation is chance.
 
     Parameters
     ----------
-    picture, counts, grid
+    image, counts, grid
         As for ``overlap``.
     sparse
-        Counts are of spots, at their centres' bins only. Within tissue their number says little about staining, so
-        only an image that is clearly better turned is worth a word.
+        Counts are of spots, at their centres' bins only. Within tissue such counts correlate weakly with staining, so
+        a low correlation alone gives no warning.
 
     Returns
     -------
     correlation, warnings
-        Pearson, over the bins that the image covers; sentences, empty if all is well.
+        Pearson correlation over the bins that the image covers; warnings, if any.
     """
     grid, counts = _coarser(grid, counts)
     where = counts > 0 if sparse else np.ones(grid.shape, bool)
-    picture = picture.overview(_CHECK_UM / 4)
-    own = _agreement(picture, counts, grid, where)
+    image = image.overview(_CHECK_UM / 4)
+    own = _agreement(image, counts, grid, where)
     others = {
-        name: _agreement(Picture(picture.levels, picture.px_to_um @ turn), counts, grid, where)
-        for name, turn in _turns(picture).items()
+        name: _agreement(image.moved(image.px_to_um @ turn), counts, grid, where)
+        for name, turn in _turns(image).items()
     }
-    best = max(others, key=others.get)
+    best = max(others, key=lambda name: others[name])
     if others[best] > max(own, 0.0) + _CLEARLY_BETTER:
         return own, [
-            f"the H&E seems {best}: staining follows the counts better that way (correlation {others[best]:.2f}, as "
-            f"aligned {own:.2f}); check the alignment file"
+            f"the H&E seems {best}: staining would then correlate better with counts ({others[best]:.2f} instead of "
+            f"{own:.2f}); check the alignment file"
         ]
     if own < _POOR_FIT and not sparse:
-        return own, [
-            f"staining and counts hardly agree (correlation {own:.2f}); look at the section before using it"
-        ]
+        return own, [f"staining and counts hardly correlate ({own:.2f}); inspect the section before using it"]
     return own, []
 
 
 def _coarser(grid: Grid, counts: np.ndarray) -> tuple[Grid, np.ndarray]:
+    """The grid and its counts in bins of about `_CHECK_UM`."""
     factor = max(1, round(_CHECK_UM / grid.bin_um))
     height, width = grid.height // factor * factor, grid.width // factor * factor
     blocks = counts[:height, :width].reshape(height // factor, factor, width // factor, factor).sum((1, 3))
     return Grid(grid.x0_um, grid.y0_um, grid.bin_um * factor, *blocks.shape), blocks
 
 
-def _agreement(picture: Picture, counts: np.ndarray, grid: Grid, where: np.ndarray) -> float:
-    seen = picture.covered(grid) & where
+def _agreement(image: Image, counts: np.ndarray, grid: Grid, where: np.ndarray) -> float:
+    """Correlation of staining and counts, times the share of the counts that the image covers."""
+    seen = image.covered(grid) & where
     if seen.sum() < 20:
         return 0.0
-    stain, density = darkness(picture.on(grid))[seen], np.log1p(counts[seen])
+    stain, density = darkness(image.read(grid))[seen], np.log1p(counts[seen])
     if stain.std() == 0 or density.std() == 0:
         return 0.0
-    # A turn that leaves part of the counts without an image must not win by the rest.
+    # A rotation that leaves part of the counts without an image must not win by the rest.
     return float(np.corrcoef(stain, density)[0, 1]) * float(counts[seen].sum() / counts.sum())
 
 
-def _turns(picture: Picture) -> dict[str, np.ndarray]:
-    """Affines (3, 3), in pixels, that mirror or turn the image about its centre."""
-    _, height, width = picture.levels[0].shape
+def _turns(image: Image) -> dict[str, np.ndarray]:
+    """Affines (3, 3), in pixels, that mirror or rotate the image about its centre."""
     to_centre, back = np.eye(3), np.eye(3)
-    to_centre[:2, 2] = -width / 2, -height / 2
-    back[:2, 2] = width / 2, height / 2
+    to_centre[:2, 2] = -image.width / 2, -image.height / 2
+    back[:2, 2] = image.width / 2, image.height / 2
     parts = {
         "mirrored left to right": [[-1, 0], [0, 1]],
         "mirrored top to bottom": [[1, 0], [0, -1]],
-        "turned by 180 degrees": [[-1, 0], [0, -1]],
-        "turned by 90 degrees": [[0, -1], [1, 0]],
-        "turned by 270 degrees": [[0, 1], [-1, 0]],
-        "mirrored and turned by 90 degrees": [[0, 1], [1, 0]],
-        "mirrored and turned by 270 degrees": [[0, -1], [-1, 0]],
+        "rotated by 180 degrees": [[-1, 0], [0, -1]],
+        "rotated by 90 degrees": [[0, -1], [1, 0]],
+        "rotated by 270 degrees": [[0, 1], [-1, 0]],
+        "mirrored and rotated by 90 degrees": [[0, 1], [1, 0]],
+        "mirrored and rotated by 270 degrees": [[0, -1], [-1, 0]],
     }
     turns = {}
     for name, part in parts.items():

@@ -1,4 +1,4 @@
-"""Fine registration: a vendor's alignment fits the H&E to 10-40 um; transcripts tell the rest."""
+"""Refine a vendor's alignment of the H&E, which is good to 10-40 um, by the positions of transcripts."""
 
 from __future__ import annotations
 
@@ -8,34 +8,35 @@ import numpy as np
 from scipy import fft, ndimage
 
 from stsr.geometry.grid import Grid
+from stsr.histology.image import Image
 
-_BLOCK_UM = 450.0  # side of the blocks whose shifts are measured: some hundred nuclei
-_REACH_UM = 70.0  # largest shift looked for; a worse alignment is wrong, not coarse
-_DETAIL_UM = 60.0  # structure larger than this says nothing about shifts of 10 um
+_BLOCK_UM = 450.0  # side of the blocks whose shifts are measured: a few hundred nuclei
+_REACH_UM = 70.0  # largest shift searched; beyond it the alignment is wrong, not coarse
+_DETAIL_UM = 60.0  # larger structure does not resolve shifts of 10 um
 _SMOOTH_UM = 8.0  # transcripts lie around nuclei, not on them
 _LEAST_BLOCKS = 8  # an affine has six numbers
-_LEAST_CORRELATION = 0.15  # of a block at its best shift, to count
+_LEAST_CORRELATION = 0.15  # of a block at its best shift; blocks below it are ignored
 _ROUNDS = 3
 _OUTLIER_UM = 7.0
-_GAIN = 0.01  # of the correlation, below which the vendor's alignment stays
+_GAIN = 0.01  # in correlation; with less the vendor's alignment is kept
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """What fine registration found.
+    """The result of the refinement.
 
     Parameters
     ----------
     px_to_um
-        The alignment to use (3, 3): the refined one, or the given one where nothing better was found.
+        The alignment to use (3, 3): the refined one, or the given one if that is no worse.
     applied
-        Whether it is another than the given one.
+        Whether the alignment was changed.
     shift_um
-        Root mean square distance by which it moves the section.
+        Root mean square displacement of the section.
     correlation_before, correlation_after
-        Of fine structure in staining and counts, with the given and the refined alignment.
+        Correlation of fine structure in staining and counts, with the given and the refined alignment.
     blocks
-        Number of blocks that told a shift.
+        Number of blocks that the refined alignment was fitted to.
     """
 
     px_to_um: np.ndarray
@@ -46,18 +47,16 @@ class Refinement:
     blocks: int
 
 
-def refine(draw, px_to_um: np.ndarray, density: np.ndarray, grid: Grid) -> Refinement:
-    """Correct an alignment by a small affine, so that dark nuclei and transcripts fall together.
+def refine(image: Image, density: np.ndarray, grid: Grid) -> Refinement:
+    """Correct an alignment by a small affine, so that dark nuclei and transcripts coincide.
 
-    Local shifts are peaks of the cross-correlation of blocks; a robust affine is fitted to them, and the whole is
-    repeated. Expression of single genes plays no part, only where there are counts.
+    Local shifts are the peaks of the cross-correlation of blocks. An affine is fitted to them robustly, and both steps
+    are repeated. Only the density of all counts is used, not the expression of single genes.
 
     Parameters
     ----------
-    draw
-        ``(px_to_um, grid) -> (3, height, width) uint8``: the image on the grid under some alignment.
-    px_to_um
-        The given alignment (3, 3).
+    image
+        The H&E under the given alignment.
     density
         Counts of all genes per bin (height, width).
     grid
@@ -69,28 +68,31 @@ def refine(draw, px_to_um: np.ndarray, density: np.ndarray, grid: Grid) -> Refin
     target = _detail(
         ndimage.gaussian_filter(np.sqrt(density.astype(np.float64)), _SMOOTH_UM / grid.bin_um), grid
     )
-    before = correlation = _agreement(_stain(draw(px_to_um, grid), grid), target, tissue)
-    best, used = px_to_um, 0
-    current = px_to_um
+    stain = _stain(image.read(grid), grid)
+    before = correlation = _agreement(stain, target, tissue)
+    given = current = best = image.px_to_um
+    used = 0
     for _ in range(_ROUNDS):
-        shifts = _block_shifts(_stain(draw(current, grid), grid), target, tissue, grid)
+        shifts = _block_shifts(stain, target, tissue, grid)
         if len(shifts) < _LEAST_BLOCKS:
             break
-        current = _moved(shifts) @ current
-        now = _agreement(_stain(draw(current, grid), grid), target, tissue)
+        current = _affine_of(shifts) @ current
+        stain = _stain(image.moved(current).read(grid), grid)
+        now = _agreement(stain, target, tissue)
         if now > correlation:
             best, correlation, used = current, now, len(shifts)
     if correlation < before + _GAIN:
-        return Refinement(px_to_um, False, 0.0, before, before, used)
-    return Refinement(best, True, _distance(px_to_um, best, grid), before, correlation, used)
+        return Refinement(given, False, 0.0, before, before, used)
+    return Refinement(best, True, _distance(given, best, grid), before, correlation, used)
 
 
 def _stain(rgb: np.ndarray, grid: Grid) -> np.ndarray:
-    """Fine structure of the optical density in red (height, width): haematoxylin absorbs there, eosin hardly."""
+    """Fine structure (height, width) of the optical density in red, where mainly haematoxylin absorbs."""
     return _detail(-np.log(np.clip(rgb[0].astype(np.float64), 5, 255) / 255), grid)
 
 
 def _detail(values: np.ndarray, grid: Grid) -> np.ndarray:
+    """Values without their structure above `_DETAIL_UM`."""
     return values - ndimage.gaussian_filter(values, _DETAIL_UM / grid.bin_um)
 
 
@@ -99,7 +101,7 @@ def _agreement(stain: np.ndarray, target: np.ndarray, tissue: np.ndarray) -> flo
 
 
 def _block_shifts(stain: np.ndarray, target: np.ndarray, tissue: np.ndarray, grid: Grid) -> np.ndarray:
-    """(n, 5): x, y of blocks in um, the shift (um) that brings the stain onto the counts, and its correlation."""
+    """Blocks (n, 5): x, y, the shift in x and y that moves the stain onto the counts, all um, and its correlation."""
     side, reach = round(_BLOCK_UM / grid.bin_um), round(_REACH_UM / grid.bin_um)
     found = []
     for row in range(0, grid.height - side + 1, max(1, side // 2)):
@@ -117,7 +119,7 @@ def _block_shifts(stain: np.ndarray, target: np.ndarray, tissue: np.ndarray, gri
 
 
 def _peak(stain: np.ndarray, target: np.ndarray, reach: int) -> tuple[float, float, float] | None:
-    """Shift (x, y) in bins, to a fraction, at which two blocks agree best, and their correlation there."""
+    """Shift (x, y) in bins, to sub-bin precision, at which two blocks correlate best, and that correlation."""
     ramp = np.hanning(len(stain) + 2)[1:-1]
     weight = ramp[:, None] * ramp[None, :]
     a, b = ((block - np.average(block, weights=weight)) * weight for block in (stain, target))
@@ -127,18 +129,18 @@ def _peak(stain: np.ndarray, target: np.ndarray, reach: int) -> tuple[float, flo
     cross /= np.linalg.norm(a) * np.linalg.norm(b) + 1e-12
     row, column = np.unravel_index(cross.argmax(), cross.shape)
     if not (0 < row < 2 * reach and 0 < column < 2 * reach):
-        return None  # the best lies on the border: no peak
+        return None  # the maximum lies on the border and is not a peak
     dy = row - reach + _vertex(*cross[row - 1 : row + 2, column])
     dx = column - reach + _vertex(*cross[row, column - 1 : column + 2])
     return float(dx), float(dy), float(cross[row, column])
 
 
 def _vertex(left: float, middle: float, right: float) -> float:
-    """Where the parabola through three neighbours has its top, from the middle one."""
+    """Position of the maximum of the parabola through three neighbours, relative to the middle one."""
     return 0.5 * (left - right) / (left - 2 * middle + right - 1e-12)
 
 
-def _moved(shifts: np.ndarray) -> np.ndarray:
+def _affine_of(shifts: np.ndarray) -> np.ndarray:
     """Affine um -> um (3, 3) fitted to shifts by iteratively reweighted least squares (Cauchy weights)."""
     x, y, dx, dy, correlation = shifts.T
     centre = np.array([x.mean(), y.mean()])
@@ -156,6 +158,7 @@ def _moved(shifts: np.ndarray) -> np.ndarray:
 
 
 def _distance(old: np.ndarray, new: np.ndarray, grid: Grid) -> float:
+    """Root mean square distance, um, between the section's places under two alignments."""
     x, y = grid.at(grid.bin_um).centres_um()
     points = np.stack(
         [*(axis.ravel() for axis in np.meshgrid(x[::10], y[::10])), np.ones(len(x[::10]) * len(y[::10]))]

@@ -1,4 +1,4 @@
-"""Transcript tables of any length, written in bounded memory: for benchmarks of readers."""
+"""Write tables of any number of transcripts in bounded memory, for benchmarks of readers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stsr.simulate.formats import cell_names, xoa_layout
 from stsr.simulate.genes import CELL_TYPES, GeneTable, gene_table
 
 _CELL_UM = 10.0
-_DRAWS = 4096  # length of the table a gene is looked up in; its probabilities are right to 1 / 4096
+_DRAWS = 4096  # length of the look-up table of genes; probabilities are accurate to 1 / 4096
 _PATCH_UM = 150.0
 
 
@@ -25,10 +25,9 @@ def write_transcripts(
 ) -> Path:
     """Write `n` transcripts as a Xenium run's `transcripts.parquet`, row group by row group; return the path.
 
-    Cells sit on a jittered lattice of 10 um, in patches of one type, and read out the genes of
-    `genes.gene_table`; 5 % have a qv under 20. Row groups are bands of the section from top to bottom. Memory
-    is that of one row group: about 300 MB for the default. There is no image and no truth: for those see
-    `simulate_tissue`.
+    Cells lie on a jittered lattice of 10 um, in patches of one type, and express the genes of `genes.gene_table`; 5 %
+    of the transcripts have a qv below 20. Row groups are bands of the section from top to bottom. Memory is that of
+    one row group, about 300 MB by default. There is no image and no truth; see `simulate_tissue` for those.
 
     Parameters
     ----------
@@ -44,7 +43,7 @@ def write_transcripts(
     Raises
     ------
     ValueError
-        If `n`, an extent or `row_group` is not positive, or the genes are not usable.
+        If `n`, an extent or `row_group` is not positive, or the genes are invalid.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -95,7 +94,7 @@ def _schema():
 
 
 def _lookup(table: GeneTable) -> np.ndarray:
-    """(type, 4096) int16: genes in proportion to their rates, so that one random number picks one."""
+    """(type, 4096) int16: genes in proportion to their rates, so that one random number selects one."""
     share = table.rates / table.rates.sum(0)
     middle = (np.arange(_DRAWS) + 0.5) / _DRAWS
     picked = np.stack([np.searchsorted(np.cumsum(column), middle) for column in share.T])

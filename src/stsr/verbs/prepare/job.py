@@ -1,0 +1,123 @@
+"""The options of one ``stsr prepare``, checked, and its command line for the provenance."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from stsr.errors import UsageError
+from stsr.geometry.grid import LR_UM, bins_per_lr
+from stsr.platforms.source import Options
+
+SPOT_KINDS = ("square", "visium")
+_FINEST_UM = 1.0  # bin size; subcellular, and a slide still fits in memory
+_UM_PER_PX = (0.01, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareJob:
+    """What to prepare, and how.
+
+    Parameters
+    ----------
+    path
+        The input.
+    output
+        The store to make; ``<name of the input>.zarr`` in the working directory by default.
+    options
+        What the platform's reader needs: H&E, alignment, pixel size, least quality, genes.
+    spots
+        Spots to simulate from transcripts: ``"square"`` or ``"visium"``.
+    bin_um
+        High-resolution bin, um.
+    refine
+        Whether to refine the alignment.
+    overwrite
+        Replace an existing store.
+
+    Raises
+    ------
+    UsageError
+        If an option is impossible, or the output exists and must not be replaced.
+    """
+
+    path: Path
+    output: Path
+    options: Options = field(default_factory=Options)
+    spots: str = "square"
+    bin_um: float = 10.0
+    refine: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self):
+        self._check_options()
+        self._check_output()
+
+    @property
+    def command(self) -> str:
+        """The command line: every option that differs from its default, files by their name alone."""
+        options = self.options
+        words = ["stsr", "prepare", self.path.name]
+        if self.output != default_output(self.path):
+            words += ["--output", self.output.name]
+        words += ["--spots", self.spots, "--bin-um", f"{self.bin_um:g}", "--min-qv", f"{options.min_qv:g}"]
+        if options.um_per_px is not None:
+            words += ["--um-per-px", str(options.um_per_px)]
+        if options.he is not None:
+            words += ["--he", options.he.name]
+        if options.alignment is not None:
+            words += ["--alignment", options.alignment.name]
+        if options.genes:
+            words += ["--genes", ",".join(options.genes)]
+        if not self.refine:
+            words.append("--no-refine")
+        if self.overwrite:
+            words.append("--overwrite")
+        return shlex.join(words)
+
+    def _check_options(self) -> None:
+        options, bin_um = self.options, self.bin_um
+        if self.spots not in SPOT_KINDS:
+            raise UsageError(
+                f"spots cannot be simulated as {self.spots!r}; choose --spots {' or '.join(SPOT_KINDS)}"
+            )
+        if bin_um < _FINEST_UM:
+            raise UsageError(f"bins of {bin_um:g} um are too fine; choose 10, 20, 25 or 50 with --bin-um")
+        try:
+            bins_per_lr(bin_um)
+        except ValueError:
+            raise UsageError(
+                f"{LR_UM:g} um is not a multiple of bins of {bin_um:g} um; choose --bin-um 10, 20, 25 or 50"
+            ) from None
+        um_per_px = options.um_per_px
+        if um_per_px is not None and not _UM_PER_PX[0] <= um_per_px <= _UM_PER_PX[1]:
+            raise UsageError(
+                f"a pixel size of {um_per_px:g} um is implausible; give --um-per-px in um per pixel"
+            )
+        if not 0 <= options.min_qv < np.inf:
+            raise UsageError(
+                f"a quality value of {options.min_qv:g} does not exist; give --min-qv between 0 and 40"
+            )
+        for file, option in ((options.he, "--he"), (options.alignment, "--alignment")):
+            if file is not None and not file.is_file():
+                raise UsageError(f"there is no file {file}; check {option}")
+
+    def _check_output(self) -> None:
+        path, output = self.path, self.output
+        if output.exists() and path.exists() and output.resolve() == path.resolve():
+            raise UsageError(f"{output} is the input itself; choose another path with --output")
+        if output.exists() and not self.overwrite:
+            raise UsageError(
+                f"{output} exists; add --overwrite to replace it, or choose another path with --output"
+            )
+
+
+def default_output(path: Path) -> Path:
+    """The store's name where none is given: that of the input, in the working directory."""
+    folder = path.resolve()
+    if folder.name == "outs":  # every run of Space Ranger has this name
+        folder = folder.parent
+    return Path(folder.name.removesuffix(".zarr").removesuffix(".h5ad") + ".zarr")
