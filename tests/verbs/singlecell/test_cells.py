@@ -184,7 +184,7 @@ def test_labels_are_traced_along_their_pixels(monkeypatch):
 
 @pytest.mark.parametrize("labels", [np.zeros((3, 3)), np.zeros((2, 3, 3), int)])
 def test_what_is_no_label_image(labels):
-    with pytest.raises(StsrError, match="whole numbers"):
+    with pytest.raises(StsrError, match="integers"):
         outlines.traced(labels, np.eye(3))
 
 
