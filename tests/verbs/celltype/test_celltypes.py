@@ -95,7 +95,14 @@ def test_agreement_falls_with_the_spread(profiles):
     counts = (np.array([[60, 40, 0]] * 200) @ profiles.T).astype(np.float32)
     weights = model.transcripts_by_type(counts, profiles)
     found = [
-        model.agreement(counts, part * counts, profiles, weights, 10, np.random.default_rng(0)).mean()
+        model.agreement(
+            counts,
+            part * counts,
+            signatures=profiles,
+            weights=weights,
+            draws=10,
+            rng=np.random.default_rng(0),
+        ).mean()
         for part in (0.0, 0.5, 3.0)
     ]
     assert found[0] == 1 and found[0] >= found[1] > found[2] + 0.05

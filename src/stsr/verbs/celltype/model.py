@@ -148,7 +148,13 @@ def assign(shares: np.ndarray, counts: np.ndarray, min_probability: float, min_c
 
 
 def agreement(
-    counts: np.ndarray, spread: np.ndarray, signatures: np.ndarray, weights: np.ndarray, draws: int, rng
+    counts: np.ndarray,
+    spread: np.ndarray,
+    *,
+    signatures: np.ndarray,
+    weights: np.ndarray,
+    draws: int,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """Part (n,) of redrawn counts whose largest type is the same.
 
