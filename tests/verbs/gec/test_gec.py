@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from stsr.cli.app import app
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid, add_up
+from stsr.progress import silent
 from stsr.simulate import simulate_tissue, write_xenium
 from stsr.store import elements, publishing
 from stsr.store.section import open_section
@@ -97,7 +98,9 @@ def test_only_tissue_counts_and_what_does_not_vary_is_left_out(store):
     result = gec(store, source="hr_10um")
     table = table_of(result)
     assert list(table.obs_names) == list(table.var_names) == GENES[:4]
-    assert result.places == 36 * 26 and "1 of 5 genes do not vary here: left out STILL" in result.notes
+    assert (
+        result.places == 36 * 26 and "1 of 5 genes do not vary here and are left out: STILL" in result.notes
+    )
     np.testing.assert_allclose(table["A"].X.ravel()[:3], [1, 1, -1], atol=1e-5)
     np.testing.assert_allclose(table["A"].layers["spearman"].ravel()[:3], [1, 1, -1], atol=1e-5)
     assert abs(table["A", "OTHER"].X.item()) < 0.15
@@ -300,7 +303,7 @@ def test_a_section_without_a_map(section):
 def test_a_map_with_holes(store):
     image = open_section(store).sdata.images["superres_x10"].astype(np.float32)
     publishing.publish(store, {"holes_x10": image.where(image < 8)}, {"holes_x10": {"command": "superres"}})
-    with pytest.raises(StsrError, match="no numbers"):
+    with pytest.raises(StsrError, match="NaN or infinite"):
         gec(store, source="holes_x10")
 
 
@@ -319,19 +322,22 @@ class Tens:
     def read(self, genes):
         return self.values[[int(gene[4:]) for gene in genes]]
 
-    def rasters(self, values):
+    def raster(self, values):
         return values.reshape(-1, 15, 15)
 
 
 @pytest.mark.parametrize("genes", [12, 150])
 @pytest.mark.parametrize("truth", [False, True])
 def test_figures_of_few_and_many_genes(tmp_path, genes, truth):
-    from stsr.verbs.gec.table import _add_layer, correlate
+    from stsr.verbs.gec.agreement import add_layer
+    from stsr.verbs.gec.table import correlate
+    from stsr.verbs.gec.values import Values
 
     places = Tens()
-    table = correlate(places, places.genes[:genes], 5, [], lambda *_: None)
+    names = places.genes[:genes]
+    table = correlate(Values(places, names, 0), places, genes=names, top=5, lags=[], progress=silent)
     if truth:
-        _add_layer(table, "truth_denoised", places.genes[: genes - 1], table.X[1:, 1:])
+        add_layer(table, "truth_denoised", places.genes[: genes - 1], table.X[1:, 1:])
     path = gec_figure(table, tmp_path / "f.png", "a title")
     pixels = np.asarray(Pillow.open(path).convert("RGB")).astype(int)
     assert pixels.shape[1] > 1.3 * pixels.shape[0] > 1500

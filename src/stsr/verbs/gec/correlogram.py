@@ -35,6 +35,7 @@ class Correlogram:
         number = np.asarray(number, np.float64)
         self._shape = [fft.next_fast_len(2 * size - 1, real=True) for size in number.shape]
         self.places = int(number.sum())
+        self._bin_um = bin_um
         offsets = [fft.fftfreq(size, 1 / size) for size in self._shape]
         distance = np.hypot(offsets[0][:, None], offsets[1][None, :])  # bins
         self._ring = np.rint(distance).astype(np.int64)
@@ -61,6 +62,15 @@ class Correlogram:
             Their correlation place by place: the first value of the curve.
         """
         return self._curve(self._spectrum(a), self._spectrum(b), r)
+
+    def moran(self, auto: np.ndarray) -> np.ndarray:
+        """Moran's I (g,) of genes from their autocorrelations (g, k): binary weights, all neighbouring bins alike.
+
+        Neighbours of a place are the others in its bin and those in the eight bins around it. NaN if none has any.
+        """
+        near = (self.lags_um > 0) & (self.lags_um <= self._bin_um)
+        pairs = self.pairs[near]
+        return auto[:, near] @ pairs / pairs.sum() if near.any() else np.full(len(auto), np.nan)
 
     def _curve(self, a: np.ndarray, b: np.ndarray, r: float) -> np.ndarray:
         # Standardised to length 1, so sums over pairs are means times pairs / places.

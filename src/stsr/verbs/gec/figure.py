@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -56,14 +57,16 @@ def gec_figure(table, path: str | Path, title: str) -> Path:
     with rc_context({"font.size": 9, "svg.fonttype": "none", "pdf.fonttype": 42}):
         figure = Figure(figsize=(13.5, 8.2), layout="constrained")
         FigureCanvasAgg(figure)  # no global state: figures may be drawn in any thread
-        left, right = figure.subfigures(1, 2, width_ratios=(2.05, 1), wspace=0.03)
+        halves = figure.subfigures(1, 2, width_ratios=(2.05, 1), wspace=0.03)
+        left, right = cast("np.ndarray", halves)
         _draw_matrix(left, table)
         upper, lower = right.subplots(2, 1)
         _draw_curves(upper, table.uns["lags"])
-        if _truth(table) is None:
+        truth = _truth(table)
+        if truth is None:
             _draw_bars(lower, table)
         else:
-            _draw_agreement(lower, table)
+            _draw_agreement(lower, table, *truth)
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI, bbox_inches="tight", facecolor="white")
@@ -199,9 +202,8 @@ def _draw_bars(axis, table) -> None:
     _open(axis)
 
 
-def _draw_agreement(axis, table) -> None:
+def _draw_agreement(axis, table, truth: np.ndarray, words: str) -> None:
     """Every pair: the map's correlation against the measured one."""
-    truth, words = _truth(table)
     above = np.triu_indices(len(truth), 1)
     measured, inferred = truth[above], np.asarray(table.X, float)[above]
     known = np.isfinite(measured)

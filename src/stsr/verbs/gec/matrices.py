@@ -179,7 +179,7 @@ def separate_pairs(matrix: np.ndarray, count: int) -> list[tuple[int, int]]:
     Of many genes that all go together one pair is taken, then others come to the fore. Only values above 0.
     """
     left = np.triu(matrix, 1)
-    pairs = []
+    pairs: list[tuple[int, int]] = []
     while len(pairs) < min(count, len(left) // 2):
         i, j = np.unravel_index(left.argmax(), left.shape)
         if left[i, j] <= 0:
