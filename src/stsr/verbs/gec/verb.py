@@ -289,7 +289,9 @@ def _element(section: Section, places: BinPlaces | CellPlaces, table: AnnData) -
     then, and no plot colours images by tables. Shapes would do harm: plots by gene name would find two tables.
     """
     kinds = section.elements
-    images = [name for name, kind in kinds.items() if kind == "images"]
+    images = sorted(
+        (name for name, kind in kinds.items() if kind == "images"), key=lambda name: name != names.HE
+    )
     labels = [name for name, kind in kinds.items() if kind == "labels"]
     region = places.name if isinstance(places, BinPlaces) else next(iter([*images, *labels]), None)
     if region is None:
