@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import LR_UM, Grid, add_up
 from stsr.store import discovery, names
-from stsr.store.parts import Map, Spots
+from stsr.store.parts import Cells, Map, Spots
 from stsr.store.section import Section
 
 LEAST_PLACES = 10
@@ -41,9 +41,7 @@ class BinPlaces:
 
     Parameters
     ----------
-    name
-        Of the map.
-    values
+    name, values
         The map.
     grid
         The bins; each a whole number of the map's bins.
@@ -54,12 +52,6 @@ class BinPlaces:
 
     Attributes
     ----------
-    number
-        (y, x) places in each bin: ``kept``.
-    count
-        Number of places.
-    rows, columns
-        (count,) their bins.
     uncertainty
         Where the standard deviation of counts comes from: ``samples``, ``counting``, or None if it is not known.
 
@@ -74,15 +66,15 @@ class BinPlaces:
         self.rows, self.columns = np.nonzero(kept)
         self.count = len(self.rows)
         self.scale = LR_UM / grid.bin_um
-        self.uncertainty = _uncertainty(spread is not None, names.is_measured_name(name))
+        self.uncertainty = "samples" if spread else "counting" if names.is_measured_name(name) else None
         self._values, self._spread = values, spread
-        self._factor = coarsening(name, values.grid.bin_um, grid.bin_um)
+        self._factor = _coarsening(name, values.grid.bin_um, grid.bin_um)
         try:
             row, column = values.grid.offset_of(grid.at(values.grid.bin_um))
         except ValueError:
             raise UsageError(f"the bins of {name} do not align with the bins it is compared with") from None
-        ends = row + grid.height * self._factor, column + grid.width * self._factor
-        if min(row, column) < 0 or ends[0] > values.grid.height or ends[1] > values.grid.width:
+        bottom, right = row + grid.height * self._factor, column + grid.width * self._factor
+        if min(row, column) < 0 or bottom > values.grid.height or right > values.grid.width:
             bounds = " ".join(f"{value:g}" for value in values.grid.bounds_um)
             raise UsageError(
                 f"{name} does not cover the area to compare: it spans {bounds} um; give a --region inside it"
@@ -140,10 +132,8 @@ class CellPlaces:
 
     Parameters
     ----------
-    name
+    name, genes
         Of the table.
-    genes
-        Names.
     values, spread
         (cells, genes) counts, and their standard deviation if known; dense or sparse.
     element, ids
@@ -177,16 +167,14 @@ class CellPlaces:
     @property
     def uncertainty(self) -> str | None:
         """As for `BinPlaces`."""
-        return _uncertainty(self.spread is not None, self.name == _CELLS_TABLE)
+        return "samples" if self.spread is not None else "counting" if self.name == _CELLS_TABLE else None
 
     def take(self, rows: np.ndarray) -> CellPlaces:
         """Some of the cells, by index."""
-        centres = None if self.centres_um is None else self.centres_um[rows]
-        spread = None if self.spread is None else self.spread[rows]
-        ids, obs_names = self.ids[rows], self.obs_names[rows]
-        return replace(
-            self, values=self.values[rows], spread=spread, ids=ids, obs_names=obs_names, centres_um=centres
-        )
+        of_cells = ("values", "spread", "ids", "obs_names", "centres_um")
+        parts = {key: getattr(self, key) for key in of_cells}
+        taken: dict[str, Any] = {key: part if part is None else part[rows] for key, part in parts.items()}
+        return replace(self, **taken)
 
     def like(self, other: CellPlaces) -> CellPlaces:
         """The cells of ``other``, in its order.
@@ -269,9 +257,6 @@ class SpotPlaces:
         return self._spots.select(genes)[self._inside].toarray().T
 
 
-# ------------------------------------------------------------------------------------------------------ opening
-
-
 def bins_of(
     section: Section, name: str, bin_um: float | None = None, region: Region | None = None
 ) -> BinPlaces:
@@ -279,10 +264,8 @@ def bins_of(
 
     Parameters
     ----------
-    section
-        The section.
-    name
-        Of the map: ``superres_x10``, ``hr_10um``. Its spread comes with it, if the store has one.
+    section, name
+        The section, and the map: ``superres_x10``, ``hr_10um``. Its spread comes with it, if the store has one.
     bin_um
         Size to sum bins to; the map's own by default. A larger bin counts if all of its bins are supported.
     region
@@ -294,23 +277,16 @@ def bins_of(
         If there is no such map, its bins do not nest in the size, or none lies in the region.
     """
     values = section.map(name)
-    factor = coarsening(name, values.grid.bin_um, values.grid.bin_um if bin_um is None else bin_um)
-    rows, columns = _window(values.grid, region, factor)
-    fine = values.grid.window(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+    factor = _coarsening(name, values.grid.bin_um, values.grid.bin_um if bin_um is None else bin_um)
+    fine = _window(values.grid, region, factor)
     kept = add_up(section.support(fine).astype(np.int64), factor) == factor**2
     spread = names.spread_name(name) if factor == 1 else None  # of sums it is not known
     spread_map = section.map(spread) if spread in section.elements else None
     return BinPlaces(name, values, fine.at(fine.bin_um * factor), kept, spread_map)
 
 
-def coarsening(name: str, from_um: float, to_um: float) -> int:
-    """How many bins make a coarser one, along a side.
-
-    Raises
-    ------
-    UsageError
-        If it is not a whole number.
-    """
+def _coarsening(name: str, from_um: float, to_um: float) -> int:
+    """How many bins make a coarser one, along a side."""
     factor = to_um / from_um
     if not np.isfinite(factor) or factor < 1 - 1e-6 or abs(factor - round(factor)) > 1e-6:
         raise UsageError(
@@ -319,18 +295,16 @@ def coarsening(name: str, from_um: float, to_um: float) -> int:
     return round(factor)
 
 
-def _window(grid: Grid, region: Region | None, factor: int) -> tuple[slice, slice]:
-    """Rows and columns of a map in a region, cut to whole coarse bins."""
+def _window(grid: Grid, region: Region | None, factor: int) -> Grid:
+    """The bins of a map in a region, cut to whole coarse bins."""
     x, y = grid.centres_um()
     x0, y0, x1, y1 = region or grid.bounds_um
-    found = []
-    for centres, low, high in ((y, y0, y1), (x, x0, x1)):
-        first, last = np.searchsorted(centres, [low, high])
-        size = (last - first) // factor * factor
-        if size < 1:
-            raise UsageError("no whole bin lies in the region; give a larger --region, in um")
-        found.append(slice(int(first), int(first + size)))
-    return found[0], found[1]
+    row, bottom = np.searchsorted(y, [y0, y1])
+    column, right = np.searchsorted(x, [x0, x1])
+    height, width = ((size // factor) * factor for size in (bottom - row, right - column))
+    if min(height, width) < 1:
+        raise UsageError("no whole bin lies in the region; give a larger --region, in um")
+    return grid.window(int(row), int(column), int(height), int(width))
 
 
 def cells_of(section: Section, name: str) -> CellPlaces:
@@ -343,19 +317,15 @@ def cells_of(section: Section, name: str) -> CellPlaces:
     UsageError
         If there is no such table, or it annotates no cells.
     """
-    tables = _tables(section)
-    if name not in tables:
-        raise UsageError(
-            f"{section.path.name} has no table {name!r}; it has: {', '.join(tables) or 'no tables'}; "
-            "make one with stsr singlecell, or name one with --from"
-        )
+    if name not in _tables(section):
+        there = ", ".join(_tables(section)) or "no tables; make one with stsr singlecell"
+        raise UsageError(f"{section.path.name} has no table {name!r}; it has: {there}")
     table = section.sdata.tables[name]
     attributes = table.uns.get("spatialdata_attrs") or {}
-    regions = attributes.get("region") or []
-    element = regions if isinstance(regions, str) else next(iter(regions), "")
-    if section.elements.get(element) not in ("shapes", "labels"):
+    (element, *others) = np.atleast_1d(attributes.get("region") or "").tolist()
+    if others or section.elements.get(element) not in ("shapes", "labels"):
         raise UsageError(
-            f"{name!r} annotates no cells of {section.path.name}; choose another table with --from"
+            f"{name!r} does not annotate one element with cells; choose another table with --from"
         )
     return CellPlaces(
         name=name,
@@ -381,15 +351,15 @@ def cells_in(section: Section, name: str, region: Region | None = None) -> CellP
     if section.elements[cells.element] != "shapes":
         raise UsageError(f"the table {name!r} annotates no shapes of {section.path.name}; name one of cells")
     geometry, rows = discovery.annotated(section.sdata, cells.element, name)
-    shapes = section.sdata.shapes[cells.element]
-    to_um = discovery.affine(shapes, section.frame.name, section.frame.um_per_unit)
-    centroid = discovery.in_um(geometry, to_um).geometry.centroid
-    centres = np.stack([centroid.x.to_numpy(), centroid.y.to_numpy()], axis=1)
+    frame = section.frame
+    to_um = discovery.affine(section.sdata.shapes[cells.element], frame.name, frame.um_per_unit)
+    centres = Cells(discovery.in_um(geometry, to_um), None).centres_um
     x0, y0, x1, y1 = region or (-np.inf, -np.inf, np.inf, np.inf)
     inside = np.flatnonzero((centres >= [x0, y0]).all(1) & (centres < [x1, y1]).all(1))
     if len(inside) < LEAST_PLACES:
         raise UsageError(f"only {len(inside)} cells of {name} lie in the region; give a larger --region")
-    return replace(cells.take(np.asarray(rows)[inside]), centres_um=centres[inside])
+    ids = geometry.index.to_numpy()[inside]  # in the shapes' own type, so that tables can be matched
+    return replace(cells.take(np.asarray(rows)[inside]), ids=ids, centres_um=centres[inside])
 
 
 def spots_of(section: Section, places: BinPlaces | CellPlaces) -> SpotPlaces | None:
@@ -405,13 +375,7 @@ def spots_of(section: Section, places: BinPlaces | CellPlaces) -> SpotPlaces | N
 
 
 def newest_cells(section: Section) -> str:
-    """The table of cells to read if none is named: the newest ``cells_x*``, else the measured ``cells_table``.
-
-    Raises
-    ------
-    StsrError
-        If there is none.
-    """
+    """The table of cells to read if none is named: the newest ``cells_x*``, else the measured ``cells_table``."""
     made, tables = section.provenance, _tables(section)
     ours = [name for name in tables if _CELLS.match(name)]
     if ours:
@@ -423,10 +387,6 @@ def newest_cells(section: Section) -> str:
 
 def _tables(section: Section) -> list[str]:
     return [name for name, kind in section.elements.items() if kind == "tables"]
-
-
-def _uncertainty(has_spread: bool, measured: bool) -> str | None:
-    return "samples" if has_spread else "counting" if measured else None
 
 
 def _or_counting(spread: np.ndarray | None, counts: np.ndarray, uncertain: bool) -> np.ndarray | None:
