@@ -195,9 +195,9 @@ def test_labelled_cells(cells, tmp_path):
 
     cells.layers["counts"] = cells.X.copy()
     cells.X = cells.X.log1p()
-    cells.write_h5ad(tmp_path / "layered.h5ad")
+    cells.write_h5ad(tmp_path / "LAYERED.H5AD")
     np.testing.assert_allclose(
-        signatures.read_reference(tmp_path / "layered.h5ad", "kind", GENES).counts, expected
+        signatures.read_reference(tmp_path / "LAYERED.H5AD", "kind", GENES).counts, expected
     )
 
     del cells.layers["counts"]
@@ -223,7 +223,7 @@ def test_bad_tables(tmp_path):
     refused("without a number")
     refused("label-key", label_key="kind")
     (tmp_path / "r.csv").write_text("gene,A,B\nG0,many,few\n")
-    refused("no table of numbers")
+    refused("not a table of numbers")
     (tmp_path / "r.csv").write_bytes(b"\x00\xff\xfe\x81")
     refused("r.csv")
 
@@ -296,18 +296,18 @@ def test_a_gmt_line_of_one_gene_is_enough_and_one_of_none_is_not(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "match"),
     [
-        ("m.json", "{", "no list of markers"),
-        ("m.json", '["G0"]', "no list of markers"),
-        ("m.json", '{"A": "G0", "B": "G1"}', "no list of markers"),
+        ("m.json", "{", "not a list of markers"),
+        ("m.json", '["G0"]', "not a list of markers"),
+        ("m.json", '{"A": "G0", "B": "G1"}', "not a list of markers"),
         ("m.json", '{"A": ["G0"]}', "1 cell type"),
-        ("m.gmt", "A G0 G1\n", "no list of markers"),
-        ("m.gmt", "A\tabout\tG0\nB\tabout\n", "no list of markers"),
-        ("m.json", '{"A": ["G0"], "B": "G1"}', "no list of markers"),
-        ("m.csv", "type,genes\nA,G0\nB,G1\n", "no list of markers"),
-        ("m.csv", "kind,gene\nA,G0\nB,G1\n", "no list of markers"),
+        ("m.gmt", "A G0 G1\n", "not a list of markers"),
+        ("m.gmt", "A\tabout\tG0\nB\tabout\n", "not a list of markers"),
+        ("m.json", '{"A": ["G0"], "B": "G1"}', "not a list of markers"),
+        ("m.csv", "type,genes\nA,G0\nB,G1\n", "not a list of markers"),
+        ("m.csv", "kind,gene\nA,G0\nB,G1\n", "not a list of markers"),
         ("m.csv", "type,gene\nA,G0\nA,G1\n", "1 cell type"),
         ("m.txt", "type,gene\nA,G0\nB,G1\n", "give a .csv, .gmt or .json"),
-        ("m.csv", "a,b\n1,2\n", "no list of markers"),
+        ("m.csv", "a,b\n1,2\n", "not a list of markers"),
         ("m.xlsx", "", "csv"),
     ],
 )
@@ -321,7 +321,7 @@ def test_markers_become_flat_signatures():
     found = signatures.from_markers({**MARKERS, "C": ["nowhere"]}, GENES)
     assert (found.types, found.genes) == (["A", "B"], ["G0", "G1", "G2"])
     np.testing.assert_array_equal(found.counts, [[1, 0], [1, 0], [0, 1]])
-    assert found.notes == ["C has no marker in the map and is left out"]
+    assert found.notes == ["C has no marker among the genes of the map and is left out"]
     with pytest.raises(UsageError, match="1 of the 4 marker genes are in the map, of 1 of 2 types"):
         signatures.from_markers({"A": ["G0", "x"], "B": ["y", "z"]}, GENES)
 
@@ -342,7 +342,7 @@ def test_genes_are_listed_once_and_belong_to_every_type_that_names_them():
 def test_one_type_with_markers_is_not_enough_and_two_are():
     two = {"A": ["G0"], "B": ["G1"], "C": ["x"]}
     assert signatures.from_markers(two, GENES).types == ["A", "B"]
-    with pytest.raises(UsageError, match="1 of the 3 marker genes are in the map, of 1 of 3 types"):
-        signatures.from_markers(two, ["G1"])
+    with pytest.raises(UsageError, match="2 of the 4 marker genes are in the map, of 1 of 3 types"):
+        signatures.from_markers({**two, "B": ["G1", "G2", "G1"]}, ["G1", "G2"])
     with pytest.raises(UsageError, match="0 of the 3 marker genes are in the map, of 0 of 3 types"):
         signatures.from_markers(two, [])

@@ -1,4 +1,4 @@
-"""Where cell types are, beside the H&E: one fixed colour for each type, a bar in um, a legend with numbers."""
+"""Figure of a cell type map next to the H&E, with scale bar and legend."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from stsr.verbs.celltype.model import GREY, UNASSIGNED
 
 _PANEL_INCHES = 4.2
 _LEGEND_INCHES = 1.9
-_LEGEND_ROWS = 26  # in one column
-_CELLS_UM = 10.0  # bins of the frame around cells
+_LEGEND_ROWS = 26  # per column
+_CELLS_UM = 10.0  # bin size of the frame around cells
 
 
 def celltype_figure(section, element: str, path: str | Path, *, title: str | None = None) -> Path:
-    """Draw the H&E and the types beside it.
+    """Draw the H&E and the cell types next to it.
 
     Parameters
     ----------
     section
         A `stsr.store.section.Section`.
     element
-        A result of `stsr.celltype`: labels of bins, or a table of cells.
+        A result of `stsr.celltype`: the labels of bins, or the table of cells.
     path
         The figure; its suffix gives the format.
     title
-        Above everything; section, element and where types came from by default.
+        Title of the figure; section, element and signature source by default.
 
     Returns
     -------
@@ -53,14 +53,14 @@ def celltype_figure(section, element: str, path: str | Path, *, title: str | Non
         tall = _PANEL_INCHES * float(np.clip(grid.height / grid.width, 0.4, 2.5))
         wide = _PANEL_INCHES * panels + _LEGEND_INCHES * -(-len(numbers) // _LEGEND_ROWS)
         figure = Figure(figsize=(wide, tall + 0.4), layout="constrained")
-        FigureCanvasAgg(figure)  # no global state: figures may be drawn in any thread
+        FigureCanvasAgg(figure)  # no pyplot state: works in any thread
         axes = figure.subplots(1, panels, squeeze=False)[0]
         if section.image is not None:
             Histology(section, grid).draw(axes[0], None, None)
             axes[0].set_title("H&E", fontsize=9)
         draw(axes[-1])
         per = "bin" if section.elements[element] == "labels" else "cell"
-        axes[-1].set_title(f"type of each {per}", fontsize=9)
+        axes[-1].set_title(f"cell type per {per}", fontsize=9)
         for axis in axes:
             _frame(axis, grid)
         scale_bar(axes[0], grid)
@@ -78,7 +78,7 @@ def _title(section, element: str) -> str:
 
 
 def _bins(section, element: str):
-    """(how to draw, grid, {type: number}, {type: colour}) of labels."""
+    """(drawing function, grid, {type: number}, {type: colour}) of labels."""
     from matplotlib.colors import to_rgb
 
     table = section.sdata.tables[f"{element}_bins"]
@@ -86,7 +86,7 @@ def _bins(section, element: str):
     raster = np.full((*_grid_of(section, element).shape, 3), np.nan)
     rgb = np.array([to_rgb(colour) for colour in colours.values()])
     raster[table.obs["row"], table.obs["column"]] = rgb[table.obs["celltype"].cat.codes]
-    raster[np.isnan(raster)] = 1.0  # outside of tissue: white, as unassigned is grey
+    raster[np.isnan(raster)] = 1.0  # outside of tissue: white; unassigned is grey
     grid = _grid_of(section, element)
 
     def draw(axis) -> None:
@@ -100,7 +100,7 @@ def _grid_of(section, element: str) -> Grid:
 
 
 def _cells(section, element: str):
-    """The same of a table that annotates shapes."""
+    """The same for a table of cells."""
     import shapely
     from matplotlib.collections import PolyCollection
 
@@ -148,7 +148,7 @@ def _frame(axis, grid: Grid) -> None:
 
 
 def _legend(figure, axis, numbers: dict[str, int], colours: dict[str, str]) -> None:
-    """Types that are there, the commonest first, with their parts; the unassigned last."""
+    """Legend of the types that occur, most frequent first, with percentages; unassigned last."""
     from matplotlib.patches import Patch
 
     total = max(1, sum(numbers.values()))

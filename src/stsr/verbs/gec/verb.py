@@ -56,19 +56,19 @@ class Gec:
     source
         The map or table of cells that was read.
     places, bin_um
-        Number of bins or cells, and the size of the bins (None for cells).
+        Number of bins or cells, and bin size in um (None for cells).
     genes
         Number of genes.
     correlated
-        Number of pairs at a false discovery rate of 5 %, and of all pairs.
+        Number of pairs below a false discovery rate of 5 %, and number of all pairs.
     pairs
-        The strongest pairs, a record each.
+        The strongest pairs, one record each.
     truth, agreement
-        What was compared with, if anything, and how far each map's matrix is from the measured one, a record each.
+        The measured element, if any, and the distance of each map's matrix from its matrix, one record each.
     seconds
-        Time it took.
+        Run time.
     notes
-        What the user should know.
+        Remarks for the user, such as genes that were left out.
     """
 
     store: Path
@@ -103,34 +103,34 @@ def gec(
     progress: Progress | None = None,
     report: Report | None = None,
 ) -> Gec:
-    """Correlate genes over the tissue's bins, or over cells, and write the matrices into the section.
+    """Correlate genes over the bins in tissue, or over cells, and write the matrices into the store.
 
     Parameters
     ----------
     store
         Any section with a map of genes or a table of cells.
     source
-        What to read (``--from``): a map, measured or super-resolved, or with ``per="cell"`` a table of cells. By
+        Element to read (``--from``): a measured or super-resolved map, or with ``per="cell"`` a table of cells. By
         default the newest super-resolved map, or the newest ``cells_x*``, else ``cells_table``.
     per
         ``bin`` or ``cell``.
     genes
-        Names; all that the source has by default. Genes that do not vary are left out and noted.
+        Names; all genes of the source by default. Genes that do not vary are left out, with a note.
     bin_um
-        Bins to add the map's up to first; a multiple of its own.
+        Bin size to sum the map's bins to first; a multiple of its own.
     region
-        (x0, y0, x1, y1), um: places whose centres lie in it.
+        (x0, y0, x1, y1), um: only bins or cells whose centres lie in it.
     truth
-        A measured element of the same kind, such as ``hr_10um``: how far the matrices are from its is computed, beside
-        those of ``beside`` and of the spots.
+        A measured element of the same kind, such as ``hr_10um``. The distance of the matrices from its matrices is
+        computed, and also that of ``beside`` and of the spots.
     beside
-        Other elements to compare with the truth; by default the interpolated maps in the store.
+        Other elements to compare with the truth; the interpolated maps in the store by default.
     denoise_truth
-        Also compare with the truth's matrix corrected for counting noise.
+        Also compare with the truth corrected for counting noise.
     lags
-        Pairs of genes whose correlation by distance is wanted besides that of the strongest.
+        Pairs of genes to compute the correlation by distance for, besides the strongest pairs.
     top
-        How many of the strongest pairs are listed.
+        Number of strongest pairs to list.
     name
         Name of the table; ``gec_x{100 / bin}`` or ``gec_cells`` by default.
     overwrite
@@ -138,7 +138,7 @@ def gec(
     progress
         Called with (done, total, label).
     report
-        Called with lines for the user.
+        Called with messages for the user.
 
     Returns
     -------
@@ -148,9 +148,9 @@ def gec(
     Raises
     ------
     UsageError
-        For what this section cannot give: an unknown gene or element, bins that do not nest, a result that exists.
+        For an unknown gene or element, bins that do not nest, or a result that already exists.
     StsrError
-        For a section without a map, or where nothing varies; if the store cannot be written to.
+        For a section without a map, genes that do not vary, or a store that cannot be written to.
     """
     began = time.monotonic()
     job = GecJob(
