@@ -264,7 +264,7 @@ MARKERS = {"A": ["G0", "G1"], "B": ["G2", "nope"]}
         ("m.gmt", "A\tabout\tG0\tG1\nB\t\tG2\tnope\n"),
         ("m.csv", "type,gene\nA,G0\nA,G1\nB,G2\nB,nope\n"),
         ("m.csv", "Gene,cell_type\nG0,A\nG1,A\nG2,B\nnope,B\n"),
-        ("m.csv", " GENE , CellType \n G0 , A \nG1,A\n,\nG2,B\n nope,B \n"),
+        ("m.csv", " GENE , CellType \n G0 , A \nG1,A\n,\n,B\nG2,B\nG9,\n nope,B \n"),
         ("m.csv", "gene,note,TYPE\nG0,of A,A\nG2,,B\nG1,,A\nnope,,B\n"),
         ("m.gmt", "\n A \tabout\tG0\t\t G1 \n\n\t \nB\tx\tG2\tnope\t\n"),
         ("M.GMT", "A\tabout\tG0\tG1\nB\t\tG2\tnope\n"),
@@ -321,7 +321,7 @@ def test_markers_become_flat_signatures():
     found = signatures.from_markers({**MARKERS, "C": ["nowhere"]}, GENES)
     assert (found.types, found.genes) == (["A", "B"], ["G0", "G1", "G2"])
     np.testing.assert_array_equal(found.counts, [[1, 0], [1, 0], [0, 1]])
-    assert found.notes == ["C has no marker among the genes of the map and is left out"]
+    assert found.notes == ["C has no marker in the map and is left out"]
     with pytest.raises(UsageError, match="1 of the 4 marker genes are in the map, of 1 of 2 types"):
         signatures.from_markers({"A": ["G0", "x"], "B": ["y", "z"]}, GENES)
 

@@ -242,7 +242,7 @@ def _markers_json(path: Path) -> dict[str, list[str]]:
     loaded = json.loads(path.read_text())
     if not all(isinstance(genes, list) for genes in loaded.values()):
         raise ValueError("the genes of a type are not a list")
-    return {str(name): [str(gene) for gene in genes] for name, genes in loaded.items()}
+    return {name: [str(gene) for gene in genes] for name, genes in loaded.items()}
 
 
 def _markers_gmt(path: Path) -> dict[str, list[str]]:
@@ -253,11 +253,12 @@ def _markers_gmt(path: Path) -> dict[str, list[str]]:
 
 
 def _markers_csv(path: Path) -> dict[str, list[str]]:
-    table = pd.read_csv(path, dtype=str).dropna(how="all")
+    table = pd.read_csv(path, dtype=str)
     heads = {name.strip().lower(): name for name in table.columns}
     kind = next((heads[name] for name in heads if name in _MARKER_HEADS), None)
     if kind is None:
         raise KeyError("type")
+    table = table.dropna(subset=[kind, heads["gene"]])
     genes = table[heads["gene"]].str.strip()
     return {str(name): list(part) for name, part in genes.groupby(table[kind].str.strip(), sort=False)}
 
@@ -275,11 +276,7 @@ def from_markers(markers: dict[str, list[str]], measured: list[str]) -> Signatur
     """
     there = set(measured)
     found = {name: [gene for gene in genes if gene in there] for name, genes in markers.items()}
-    notes = [
-        f"{name} has no marker among the genes of the map and is left out"
-        for name, genes in found.items()
-        if not genes
-    ]
+    notes = [f"{name} has no marker in the map and is left out" for name, genes in found.items() if not genes]
     found = {name: genes for name, genes in found.items() if genes}
     if len(found) < 2:
         listed = len({gene for genes in markers.values() for gene in genes})
