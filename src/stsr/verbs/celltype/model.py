@@ -83,7 +83,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def transcripts_by_type(
-    counts: np.ndarray, signatures: np.ndarray, start=None, steps: int = _STEPS
+    counts: np.ndarray, signatures: np.ndarray, start: np.ndarray | None = None, steps: int = _STEPS
 ) -> np.ndarray:
     """Fit a Poisson regression with non-negative weights by maximum likelihood.
 

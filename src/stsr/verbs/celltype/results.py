@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,10 @@ from stsr.verbs.celltype import model
 from stsr.verbs.celltype.learning import Fit, Learned, Places
 from stsr.verbs.celltype.model import UNASSIGNED
 
-_USUAL_SCALE = 10  # in the name where the cells' own is not known
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_USUAL_SCALE = 10  # for the name, if that of the cells is not known
 _ATTRIBUTES = "spatialdata_attrs"
 
 
@@ -71,7 +74,7 @@ class Typed:
     def _types(self) -> list[str]:
         return self.learned.signatures.types
 
-    def _table(self, rows: Sequence[str]) -> Any:
+    def _table(self, rows: Sequence[str]) -> AnnData:
         """AnnData (places, types): proportions in X, so that scanpy draws them by the types' names."""
         import anndata
 
@@ -83,13 +86,13 @@ class Typed:
         if fit.confidence is not None:
             table.obs["confidence"] = fit.confidence
         table.obs["counts"] = fit.counts
-        # where squidpy and decoupler look
+        # squidpy and decoupler look here
         table.obsm["proportions"] = pd.DataFrame(fit.shares, table.obs_names, types)
         table.uns["celltype_colors"] = model.colours([*types, UNASSIGNED])
         return table
 
-    def _bins_table(self, places: BinPlaces, ids: str, numbers: np.ndarray) -> Any:
-        """One row per bin; annotates the labels ``ids``, so that spatial queries cut it as they cut the labels."""
+    def _bins_table(self, places: BinPlaces, ids: str, numbers: np.ndarray) -> AnnData:
+        """One row per bin; annotates the labels ``ids``, so that spatial queries select rows as they select bins."""
         table = self._table([f"{r}_{c}" for r, c in zip(places.rows, places.columns, strict=True)])
         table.obs["row"], table.obs["column"] = places.rows, places.columns
         table.obsm["spatial"] = places.centres_um
@@ -98,11 +101,11 @@ class Typed:
         table.uns[_ATTRIBUTES]["region"] = [ids]
         return table
 
-    def _cells_table(self, places: CellPlaces) -> Any:
+    def _cells_table(self, places: CellPlaces) -> AnnData:
         """One row per cell; annotates the shapes that the source annotates."""
         table = self._table([str(name) for name in places.obs_names])
         kinds = table.obs["celltype"].cat
-        # spatialdata-plot matches colours to the categories that occur, in order.
+        # For shapes, spatialdata-plot assigns the colours in order to the categories that occur.
         colours = dict(zip(kinds.categories, table.uns["celltype_colors"], strict=True))
         table.obs["celltype"] = kinds.remove_unused_categories()
         table.uns["celltype_colors"] = [colours[kind] for kind in table.obs["celltype"].cat.categories]
@@ -110,7 +113,7 @@ class Typed:
             table.obsm["spatial"] = np.asarray(places.centres_um, float)
         return elements.annotating(table, places.element, places.ids)
 
-    def _types_table(self, labels: str) -> Any:
+    def _types_table(self, labels: str) -> AnnData:
         """One row per type; annotates the codes of the labels."""
         import anndata
 

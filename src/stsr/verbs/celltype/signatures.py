@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from stsr.errors import UsageError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 _LEAST_CELLS = 10  # of a type in a reference; fewer give a noisy signature
 _LOG_BELOW = 30.0  # normalised values below this are taken as logs; log of counts per 10,000 is 9.2 at most
@@ -164,10 +169,8 @@ def _labels(obs: pd.DataFrame, label_key: str | None, path: Path) -> pd.Series:
     return labels.mask(labels.str.lower().isin(_UNTYPED))
 
 
-def _expression(cells, path: Path):
+def _expression(cells: AnnData, path: Path) -> tuple[sp.csr_matrix, pd.DataFrame, list[str]]:
     """(matrix (cells, genes), its var, notes): raw counts if the file has them."""
-    import scipy.sparse as sp
-
     candidates = [(cells.layers.get("counts"), cells.var), (cells.X, cells.var)]
     if cells.raw is not None:
         candidates.append((cells.raw.X, cells.raw.var))

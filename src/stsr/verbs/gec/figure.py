@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import pandas as pd
 
 from stsr.figures import check_path
 from stsr.verbs.gec.matrices import separate_pairs
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
 COLOURS = "RdBu_r"
 _MISSING = "0.85"
@@ -23,7 +29,7 @@ _TOP_QUANTILE = 0.99
 DPI = 200
 
 
-def gec_figure(table, path: str | Path, title: str) -> Path:
+def gec_figure(table: AnnData, path: str | Path, title: str) -> Path:
     """Draw a table of `stsr.gec`.
 
     Left: clustered heatmap with dendrogram, with the measured correlations below the diagonal if the table has them.
@@ -73,7 +79,7 @@ def gec_figure(table, path: str | Path, title: str) -> Path:
     return path
 
 
-def _truth(table) -> tuple[np.ndarray, str] | None:
+def _truth(table: AnnData) -> tuple[np.ndarray, str] | None:
     """The measured matrix and its name in labels; the noise-corrected one if there is one."""
     for layer, words in (("truth_denoised", "measured, noise-corrected"), ("truth", "measured")):
         if layer in table.layers:
@@ -84,7 +90,7 @@ def _truth(table) -> tuple[np.ndarray, str] | None:
 # ------------------------------------------------------------------------------------------------------- matrix
 
 
-def _draw_matrix(figure, table) -> None:
+def _draw_matrix(figure: SubFigure, table: AnnData) -> None:
     from scipy.cluster.hierarchy import leaves_list
 
     tree, matrix = np.asarray(table.uns["linkage"], float), np.asarray(table.X, float)
@@ -124,7 +130,7 @@ def _limit(shown: np.ndarray) -> float:
     return float(np.clip(np.ceil(quantile * 10) / 10, 0.1, 1))
 
 
-def _draw_tree(axis, tree: np.ndarray) -> None:
+def _draw_tree(axis: Axes, tree: np.ndarray) -> None:
     from scipy.cluster.hierarchy import dendrogram
 
     drawn = dendrogram(tree, no_plot=True)
@@ -134,7 +140,9 @@ def _draw_tree(axis, tree: np.ndarray) -> None:
     axis.set_axis_off()
 
 
-def _name_genes(axis, genes: np.ndarray, tree: np.ndarray, matrix: np.ndarray, order: np.ndarray) -> None:
+def _name_genes(
+    axis: Axes, genes: np.ndarray, tree: np.ndarray, matrix: np.ndarray, order: np.ndarray
+) -> None:
     """Label every gene if there is room, else groups by their most typical genes."""
     if len(genes) <= _NAMED_GENES:
         size = float(np.clip(420 / len(genes), 6, 11))
@@ -171,7 +179,7 @@ def _groups(tree: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------- pairs
 
 
-def _draw_curves(axis, lags) -> None:
+def _draw_curves(axis: Axes, lags: pd.DataFrame) -> None:
     """Draw correlation by distance."""
     from matplotlib import colormaps
 
@@ -186,7 +194,7 @@ def _draw_curves(axis, lags) -> None:
     _open(axis)
 
 
-def _draw_bars(axis, table) -> None:
+def _draw_bars(axis: Axes, table: AnnData) -> None:
     """Draw the most positive and negative pairs, each gene once; pairs that are not significant are pale."""
     matrix, q = np.asarray(table.X), np.asarray(table.layers["q"])
     shown = [*separate_pairs(matrix, _TOGETHER), *separate_pairs(-matrix, _APART)[::-1]][::-1]
@@ -202,7 +210,7 @@ def _draw_bars(axis, table) -> None:
     _open(axis)
 
 
-def _draw_agreement(axis, table, truth: np.ndarray, words: str) -> None:
+def _draw_agreement(axis: Axes, table: AnnData, truth: np.ndarray, words: str) -> None:
     """Draw the map's correlation of every pair against the measured one."""
     above = np.triu_indices(len(truth), 1)
     measured, inferred = truth[above], np.asarray(table.X, float)[above]
@@ -217,6 +225,6 @@ def _draw_agreement(axis, table, truth: np.ndarray, words: str) -> None:
     _open(axis)
 
 
-def _open(axis) -> None:
+def _open(axis: Axes) -> None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)

@@ -22,6 +22,8 @@ _ORDERED_GENES = 1000  # optimal leaf ordering takes quadratic time: skipped abo
 
 Read = Callable[[slice], np.ndarray]
 """Values (genes of the slice, places), of any dtype."""
+Prepare = Callable[[np.ndarray], np.ndarray]
+"""Standardised values or ranks (genes, places) of values."""
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
@@ -49,7 +51,13 @@ def spearman_matrix(read: Read, genes: int, places: int, progress: Progress | No
     return _products(read, genes, places, lambda values: standardised(midranks(values)), progress)
 
 
-def _products(read: Read, genes: int, places: int, prepare, progress: Progress | None) -> np.ndarray:
+def _products(
+    read: Read,
+    genes: int,
+    places: int,
+    prepare: Callable[[np.ndarray], np.ndarray],
+    progress: Progress | None,
+) -> np.ndarray:
     """Scalar products of all pairs of prepared genes, with as many genes resident as fit in `MEMORY_BYTES`."""
 
     def block(part: slice) -> np.ndarray:
