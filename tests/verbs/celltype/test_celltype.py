@@ -1,4 +1,4 @@
-"""`stsr celltype` on a small section whose types are known, and on real cells."""
+"""`stsr celltype` on a small section with known cell types, and on real cells."""
 
 import hashlib
 import json
@@ -106,7 +106,7 @@ def labels(element="celltype_x10"):
 
 
 def expected() -> np.ndarray:
-    """Codes: 0 where there are hardly counts, or no tissue."""
+    """Codes: 0 where there are hardly any counts, or no tissue."""
     codes = true_types() + 1
     codes[EMPTY_ROWS] = 0
     codes[:, GLASS_COLUMNS] = 0
@@ -121,7 +121,7 @@ def test_types_are_where_they_are(here, way, source):
     assert made.source == (source or "superres_x10") and list(made.types) == TYPES
     numbers = np.bincount(expected().ravel(), minlength=4)[1:]
     assert list(made.types.values()) == numbers.tolist()
-    assert made.unassigned == 4 * 38  # bins with hardly counts; glass is no bin at all
+    assert made.unassigned == 4 * 38  # bins with hardly any counts; bins outside of tissue are not counted
     assert made.confidence > 0.9
 
 
@@ -142,7 +142,7 @@ def test_cells_get_types_too(here):
     assert made.element == "celltype_x10_cells" and made.source == "cells_x10"
     assert list(table.obs["celltype"]) == ["Fibroblast", "Malignant", "T_cell", "Fibroblast"]
     assert table.uns["spatialdata_attrs"]["region"] == "cells" and made.confidence is None
-    assert "confidence" not in table.obs  # nobody knows the spread of these counts
+    assert "confidence" not in table.obs  # the standard deviation of these counts is not known
 
 
 def test_the_result_opens_elsewhere(here):
@@ -192,7 +192,7 @@ def test_it_draws_in_spatialdata_plot(here, monkeypatch):
 
 @pytest.mark.parametrize("per", ["bin", "cell"])
 def test_spatialdata_plot_colours_each_type_as_the_table_says(here, monkeypatch, per):
-    """A type that the section lacks comes first, as "Absent" does: the colours of the others must not move up."""
+    """The first type, Absent, does not occur: the others must keep their colours."""
     pytest.importorskip("spatialdata_plot")
     import spatialdata
     from matplotlib import pyplot
@@ -277,7 +277,7 @@ def test_spatial_queries_cut_the_results(here, tmp_path, shape):
 
 
 def test_without_a_mask_only_bins_near_spots_get_types(here):
-    """The same bins as for gec: those that the section supports."""
+    """The supported bins, as in gec."""
     import spatialdata
 
     sdata = spatialdata.read_zarr("s.zarr")
@@ -308,7 +308,7 @@ def test_measured_cells_are_typed_where_no_others_are(here):
     publishing.create("measured.zarr", sdata, {})
     made = celltype("measured.zarr", reference="reference.csv", per="cell", draws=2)
     assert made.source == "cells_table" and list(made.types.values()) == [2, 1, 1]
-    assert made.confidence is not None, "counts of a measurement have a Poisson spread"
+    assert made.confidence is not None, "measured counts have a Poisson standard deviation"
 
 
 def test_the_newest_cells_are_read(here):

@@ -1,4 +1,4 @@
-"""Cell types from arrays and files: the regression, platform effects, clusters, colours; references and markers."""
+"""Parts of celltype: regression, platform effects, clusters, colours, references and markers."""
 
 import json
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""stsr gec: the verb and the command, on sections whose correlations are known."""
+"""`stsr gec` on sections with known correlations: the function and the command."""
 
 import hashlib
 import json
@@ -166,7 +166,7 @@ def test_cells_of_two_tables_are_matched_by_their_name(section):
 
 @pytest.mark.parametrize("per", ["bin", "cell"])
 def test_spatial_queries_leave_the_table_of_genes_out(section, tmp_path, per):
-    """It is about the whole section, not about the part that a query cuts out."""
+    """It describes the whole section, not the part that a query selects."""
     import shapely
     import spatialdata
 
@@ -410,7 +410,7 @@ def test_a_map_with_holes(store):
 
 
 class Tens:
-    """150 genes that go together in tens."""
+    """150 genes in correlated groups of ten."""
 
     def __init__(self):
         rng = np.random.default_rng(0)

@@ -120,7 +120,7 @@ def _check_shared(shared: int, signatures: Signatures, places: Places, file: str
 
 
 def _from_marker_lists(places: Places, markers: str | Path) -> Learned:
-    """Flat signatures over marker genes; there is no other platform, so no effects."""
+    """Flat signatures over marker genes, without platform effects."""
     signatures = from_markers(read_markers(markers), places.genes)
     return Learned(signatures, np.ones(len(signatures.genes)), signatures.distinct(_SHOWN_GENES))
 
