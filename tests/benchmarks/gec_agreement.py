@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 import stsr
-from stsr.store.gec_places import bins_of
+from stsr.store.places import bins_of
 from stsr.store.section import open_section
 from stsr.verbs.gec import matrices
 from stsr.verbs.gec.verb import gec

@@ -1,193 +1,398 @@
-"""Places with counts, bins of a map or cells of a table, read block by block."""
+"""Places with gene values: bins of a map, cells of a table, spots. Read by blocks of places or by genes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
 from stsr.errors import StsrError, UsageError
-from stsr.geometry.grid import LR_UM, Grid
-from stsr.store import names
+from stsr.geometry.grid import LR_UM, Grid, add_up
+from stsr.store import discovery, names
+from stsr.store.parts import Cells, Map, Spots
 from stsr.store.section import Section
 
+LEAST_PLACES = 10
+"""Fewer bins, cells or spots are too few to correlate genes over."""
+CELL_RASTER_UM = 20.0
+"""Bins in which pairs of cells are counted by distance: about two cells wide."""
+
+Region = tuple[float, float, float, float]
+"""(x0, y0, x1, y1), um."""
+Block = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+"""(indices of the places (n,), counts (n, genes), their standard deviation (n, genes) or None)."""
+
 _BLOCK_BYTES = 2**28  # of the float32 values of one block, places x genes
-_CHUNK_BINS = 256  # maps are stored in squares of so many bins; smaller windows read them several times
+_CHUNK_BINS = 256  # side of a map's chunks on disk; smaller windows read a chunk several times
 _LEAST_BINS = 32
 _CELLS_AT_ONCE = 8192
 _CELLS = re.compile(r"^cells_x(\d+(?:\.\d+)?)$")
+_CELLS_TABLE = names.table_name(names.CELLS)
 _SPREAD_LAYER = "sd"
 
-Block = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-"""(numbers of the places (n,), counts (n, genes), their standard deviation (n, genes) or None)."""
 
-
-class Bins:
-    """The tissue bins of a map, row by row.
+class BinPlaces:
+    """Supported bins of a map, summed to a coarser grid if wanted.
 
     Parameters
     ----------
-    section
-        The section.
-    element
-        A map: ``superres_x10``, ``hr_10um``. Its spread, where the store has one, comes with it.
+    name, values
+        The map.
+    grid
+        The bins; each a whole number of the map's bins.
+    kept
+        (y, x) bool on that grid: which of them are places.
+    spread
+        Standard deviation of the map's values, on the map's own bins, if known.
+
+    Attributes
+    ----------
+    uncertainty
+        Where the standard deviation of counts comes from: ``samples``, ``counting``, or None if it is not known.
 
     Raises
     ------
     UsageError
-        If there is no such map.
+        If the map's bins do not nest in the grid's, or the map does not cover the grid.
     """
 
-    def __init__(self, section: Section, element: str):
-        self.element = element
-        self.map = section.map(element)
-        spread = names.spread_name(element)
-        self._spread = section.map(spread) if spread in section.elements else None
-        self.genes = self.map.genes
-        self.scale = LR_UM / self.grid.bin_um
-        self.uncertainty = _uncertainty(self._spread is not None, names.is_measured_name(element))
-        tissue = section.tissue
-        self._inside = np.ones(self.grid.shape, bool) if tissue is None else tissue.read(self.grid)
-        self.rows, self.columns = np.nonzero(self._inside)
-
-    @property
-    def grid(self) -> Grid:
-        """The map's bins."""
-        return self.map.grid
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __init__(self, name: str, values: Map, grid: Grid, kept: np.ndarray, spread: Map | None = None):
+        self.name, self.genes, self.grid, self.number = name, values.genes, grid, kept
+        self.rows, self.columns = np.nonzero(kept)
+        self.count = len(self.rows)
+        self.scale = LR_UM / grid.bin_um
+        self.uncertainty = "samples" if spread else "counting" if names.is_measured_name(name) else None
+        self._values, self._spread = values, spread
+        self._factor = _coarsening(name, values.grid.bin_um, grid.bin_um)
+        try:
+            row, column = values.grid.offset_of(grid.at(values.grid.bin_um))
+        except ValueError:
+            raise UsageError(f"the bins of {name} do not align with the bins it is compared with") from None
+        bottom, right = row + grid.height * self._factor, column + grid.width * self._factor
+        if min(row, column) < 0 or bottom > values.grid.height or right > values.grid.width:
+            bounds = " ".join(f"{value:g}" for value in values.grid.bounds_um)
+            raise UsageError(
+                f"{name} does not cover the area to compare: it spans {bounds} um; give a --region inside it"
+            )
 
     @property
     def centres_um(self) -> np.ndarray:
-        """(n, 2) x and y, um."""
+        """(count, 2) x and y, um."""
         x, y = self.grid.centres_um()
         return np.stack([x[self.columns], y[self.rows]], axis=1)
 
     def raster(self, values: np.ndarray) -> np.ndarray:
-        """Values (n,) of the places as (height, width); 0 outside of tissue."""
-        filled = np.zeros(self.grid.shape, values.dtype)
-        filled[self.rows, self.columns] = values
-        return filled
+        """One value per place (..., count) -> (..., y, x); 0 elsewhere."""
+        raster = np.zeros((*values.shape[:-1], *self.grid.shape), values.dtype)
+        raster[..., self.number] = values
+        return raster
+
+    def read(self, genes: Sequence[str]) -> np.ndarray:
+        """Values (genes, count)."""
+        return self._read(self._values, genes)[:, self.number]
 
     def totals(self, genes: Sequence[str]) -> np.ndarray:
         """Counts (g,) of some genes over all places, some genes at a time."""
         step = max(1, _BLOCK_BYTES // (self.grid.height * self.grid.width * 4))
         parts = [genes[first : first + step] for first in range(0, len(genes), step)]
-        return np.concatenate(
-            [self.map.read(part)[:, self._inside].sum(1, dtype=np.float64) for part in parts]
-        )
+        return np.concatenate([self.read(part).sum(1, dtype=np.float64) for part in parts])
 
     def blocks(self, genes: Sequence[str], uncertain: bool = False) -> Iterator[Block]:
         """Counts of some genes, and their standard deviation if asked for, a square of bins at a time."""
-        number = self.raster(np.arange(len(self)))
+        index = self.raster(np.arange(self.count))
         side = _CHUNK_BINS
         while side > _LEAST_BINS and side**2 * len(genes) * 4 > _BLOCK_BYTES:
             side //= 2
         for row in range(0, self.grid.height, side):
             for column in range(0, self.grid.width, side):
                 part = np.s_[row : row + side, column : column + side]
-                inside = self._inside[part]
+                inside = self.number[part]
                 if not inside.any():
                     continue
                 window = self.grid.window(row, column, *inside.shape)
-                counts = self.map.read(genes, window)[:, inside].T.astype(np.float32)
+                counts = self._read(self._values, genes, window)[:, inside].T.astype(np.float32)
                 spread = None
                 if uncertain and self._spread is not None:
-                    spread = self._spread.read(genes, window)[:, inside].T.astype(np.float32)
-                yield number[part][inside], counts, _or_counting(spread, counts, uncertain)
+                    spread = self._read(self._spread, genes, window)[:, inside].T.astype(np.float32)
+                yield index[part][inside], counts, _or_counting(spread, counts, uncertain)
+
+    def _read(self, values: Map, genes: Sequence[str], window: Grid | None = None) -> np.ndarray:
+        """Values (genes, y, x) in a window of the grid, all of it by default."""
+        return add_up(values.read(genes, (window or self.grid).at(values.grid.bin_um)), self._factor)
 
 
-class Cells:
-    """The cells of a table that annotates shapes.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CellPlaces:
+    """Cells of a table.
 
     Parameters
     ----------
-    section
-        The section.
-    element
-        A table (cells, genes) of counts: ``cells_x10``, ``cells_table``.
+    name, genes
+        Of the table.
+    values, spread
+        (cells, genes) counts, and their standard deviation if known; dense or sparse.
+    element, ids
+        The shapes or labels that the table annotates, and its instances (cells,).
+    obs_names
+        (cells,) of the table.
+    centres_um
+        (cells, 2) x and y, um, if known.
+    """
+
+    name: str
+    genes: list[str]
+    values: Any
+    spread: Any
+    element: str
+    ids: np.ndarray
+    obs_names: np.ndarray
+    centres_um: np.ndarray | None
+
+    @property
+    def count(self) -> int:
+        """Number of cells."""
+        return len(self.ids)
+
+    @property
+    def scale(self) -> float | None:
+        """100 um / bin size of the map the cells come from, as the name of the table tells."""
+        match = _CELLS.match(self.name)
+        return float(match[1]) if match else None
+
+    @property
+    def uncertainty(self) -> str | None:
+        """As for `BinPlaces`."""
+        return "samples" if self.spread is not None else "counting" if self.name == _CELLS_TABLE else None
+
+    def take(self, rows: np.ndarray) -> CellPlaces:
+        """Some of the cells, by index."""
+        of_cells = ("values", "spread", "ids", "obs_names", "centres_um")
+        parts = {key: getattr(self, key) for key in of_cells}
+        taken: dict[str, Any] = {key: part if part is None else part[rows] for key, part in parts.items()}
+        return replace(self, **taken)
+
+    def like(self, other: CellPlaces) -> CellPlaces:
+        """The cells of ``other``, in its order.
+
+        Raises
+        ------
+        UsageError
+            If some of them are missing here.
+        """
+        place = {cell: number for number, cell in enumerate(self.ids)}
+        rows = np.array([place.get(cell, -1) for cell in other.ids])
+        if min(rows) < 0:
+            raise UsageError(f"{self.name} lacks cells of {other.name}; compare tables of the same shapes")
+        return self.take(rows)
+
+    def read(self, genes: Sequence[str]) -> np.ndarray:
+        """Values (genes, count)."""
+        part: Any = self._by_gene[:, self._indices(genes)]
+        return np.ascontiguousarray((part.toarray() if sp.issparse(part) else part).T)
+
+    @cached_property
+    def _by_gene(self) -> Any:
+        return sp.csc_matrix(self.values) if sp.issparse(self.values) else np.asarray(self.values)
+
+    def totals(self, genes: Sequence[str]) -> np.ndarray:
+        """Counts (g,) of some genes over all cells."""
+        return np.asarray(self.values.sum(0), np.float64).ravel()[self._indices(genes)]
+
+    def blocks(self, genes: Sequence[str], uncertain: bool = False) -> Iterator[Block]:
+        """Counts of some genes, and their standard deviation if asked for, some thousand cells at a time."""
+        columns = self._indices(genes)
+        for first in range(0, self.count, _CELLS_AT_ONCE):
+            rows = slice(first, min(first + _CELLS_AT_ONCE, self.count))
+            counts = _dense(self.values[rows][:, columns])
+            known = uncertain and self.spread is not None
+            spread = _dense(self.spread[rows][:, columns]) if known else None
+            yield np.arange(rows.start, rows.stop), counts, _or_counting(spread, counts, uncertain)
+
+    def _indices(self, genes: Sequence[str]) -> list[int]:
+        place = {gene: number for number, gene in enumerate(self.genes)}
+        return [place[gene] for gene in genes]
+
+    @cached_property
+    def grid(self) -> Grid:
+        """Bins of `CELL_RASTER_UM` around the cells' centres."""
+        centres = np.asarray(self.centres_um)
+        x0, y0 = centres.min(0)
+        steps = np.floor((centres.max(0) - [x0, y0]) / CELL_RASTER_UM).astype(int) + 1
+        return Grid(float(x0), float(y0), CELL_RASTER_UM, int(steps[1]), int(steps[0]))
+
+    @cached_property
+    def _gather(self) -> sp.csr_matrix:
+        """(bins, cells) 1 where a cell's centre lies in a bin."""
+        rows, columns, _ = self.grid.rows_columns(*np.asarray(self.centres_um).T)
+        bins = rows * self.grid.width + columns
+        shape = (self.grid.height * self.grid.width, self.count)
+        return sp.csr_matrix((np.ones(self.count, np.float32), (bins, np.arange(self.count))), shape)
+
+    @cached_property
+    def number(self) -> np.ndarray:
+        """(y, x) number of cells in each bin of the grid."""
+        return np.asarray(self._gather.sum(1)).reshape(self.grid.shape)
+
+    def raster(self, values: np.ndarray) -> np.ndarray:
+        """One value per cell (g, count) -> their sums over the cells of each bin (g, y, x)."""
+        return (self._gather @ values.T).T.reshape(-1, *self.grid.shape)
+
+
+class SpotPlaces:
+    """Spots whose centres lie in an area: ``inside`` is (spots,) bool."""
+
+    name = names.SPOTS
+
+    def __init__(self, spots: Spots, inside: np.ndarray):
+        self.genes, self._spots, self._inside = spots.genes, spots, inside
+        self.count = int(inside.sum())
+
+    def read(self, genes: Sequence[str]) -> np.ndarray:
+        """Counts (genes, count)."""
+        return self._spots.select(genes)[self._inside].toarray().T
+
+
+def bins_of(
+    section: Section, name: str, bin_um: float | None = None, region: Region | None = None
+) -> BinPlaces:
+    """The supported bins of a map; see `Section.support`.
+
+    Parameters
+    ----------
+    section, name
+        The section, and the map: ``superres_x10``, ``hr_10um``. Its spread comes with it, if the store has one.
+    bin_um
+        Size to sum bins to; the map's own by default. A larger bin counts if all of its bins are supported.
+    region
+        Bins whose centres lie in it; everything by default.
 
     Raises
     ------
     UsageError
-        If there is no such table, or it annotates no shapes.
+        If there is no such map, its bins do not nest in the size, or none lies in the region.
     """
-
-    def __init__(self, section: Section, element: str):
-        if section.elements.get(element) != "tables":
-            raise UsageError(
-                f"{section.path.name} has no table {element!r}; make one with stsr singlecell, or name one with --from"
-            )
-        self.element = element
-        self.table = section.sdata.tables[element]
-        attributes = self.table.uns.get("spatialdata_attrs") or {}
-        region = attributes.get("region")
-        self.region = region if isinstance(region, str) else next(iter(region or []), None)
-        if section.elements.get(self.region) not in ("shapes", "labels"):
-            raise UsageError(
-                f"{element!r} annotates no cells of this section; choose another table with --from"
-            )
-        self.instances = self.table.obs[attributes["instance_key"]].to_numpy()
-        self.genes = [str(gene) for gene in self.table.var_names]
-        match = _CELLS.match(element)
-        self.scale = float(match[1]) if match else None
-        spread = self.table.layers.get(_SPREAD_LAYER)
-        self.uncertainty = _uncertainty(spread is not None, element == names.table_name(names.CELLS))
-
-    @property
-    def centres_um(self) -> np.ndarray | None:
-        """(n, 2) x and y as the table tells them, or None."""
-        return self.table.obsm.get("spatial")
-
-    def __len__(self) -> int:
-        return self.table.n_obs
-
-    def totals(self, genes: Sequence[str]) -> np.ndarray:
-        """Counts (g,) of some genes over all places."""
-        columns = self.table.var_names.get_indexer(list(genes))
-        return np.asarray(self.table.X.sum(0), np.float64).ravel()[columns]
-
-    def blocks(self, genes: Sequence[str], uncertain: bool = False) -> Iterator[Block]:
-        """Counts of some genes, and their standard deviation if asked for, some thousand cells at a time."""
-        columns = self.table.var_names.get_indexer(list(genes))
-        spread = self.table.layers.get(_SPREAD_LAYER)
-        for first in range(0, len(self), _CELLS_AT_ONCE):
-            rows = slice(first, min(first + _CELLS_AT_ONCE, len(self)))
-            counts = _dense(self.table.X[rows][:, columns])
-            sd = _dense(spread[rows][:, columns]) if uncertain and spread is not None else None
-            yield np.arange(rows.start, rows.stop), counts, _or_counting(sd, counts, uncertain)
+    values = section.map(name)
+    factor = _coarsening(name, values.grid.bin_um, values.grid.bin_um if bin_um is None else bin_um)
+    fine = _window(values.grid, region, factor)
+    kept = add_up(section.support(fine).astype(np.int64), factor) == factor**2
+    spread = names.spread_name(name) if factor == 1 else None  # of sums it is not known
+    spread_map = section.map(spread) if spread in section.elements else None
+    return BinPlaces(name, values, fine.at(fine.bin_um * factor), kept, spread_map)
 
 
-def newest_cells(section: Section) -> str:
-    """The table of cells x genes that `stsr singlecell` wrote last.
+def _coarsening(name: str, from_um: float, to_um: float) -> int:
+    """How many bins make a coarser one, along a side."""
+    factor = to_um / from_um
+    if not np.isfinite(factor) or factor < 1 - 1e-6 or abs(factor - round(factor)) > 1e-6:
+        raise UsageError(
+            f"bins of {from_um:g} um ({name}) do not add up to {to_um:g} um; give --bin-um a multiple of {from_um:g}"
+        )
+    return round(factor)
+
+
+def _window(grid: Grid, region: Region | None, factor: int) -> Grid:
+    """The bins of a map in a region, cut to whole coarse bins."""
+    x, y = grid.centres_um()
+    x0, y0, x1, y1 = region or grid.bounds_um
+    row, bottom = np.searchsorted(y, [y0, y1])
+    column, right = np.searchsorted(x, [x0, x1])
+    height, width = ((size // factor) * factor for size in (bottom - row, right - column))
+    if min(height, width) < 1:
+        raise UsageError("no whole bin lies in the region; give a larger --region, in um")
+    return grid.window(int(row), int(column), int(height), int(width))
+
+
+def cells_of(section: Section, name: str) -> CellPlaces:
+    """All cells of a table that annotates shapes or labels, in its order: ``cells_x10``, ``cells_table``.
+
+    Centres are those in the table's ``obsm["spatial"]``, if any.
 
     Raises
     ------
-    StsrError
-        If there is none.
+    UsageError
+        If there is no such table, or it annotates no cells.
     """
-    made = section.provenance
-    found = [name for name, kind in section.elements.items() if kind == "tables" and _CELLS.match(name)]
-    if not found:
-        raise StsrError(
-            f"{section.path.name} has no table of cells; run: stsr singlecell {Path(section.path)}"
+    if name not in _tables(section):
+        there = ", ".join(_tables(section)) or "no tables; make one with stsr singlecell"
+        raise UsageError(f"{section.path.name} has no table {name!r}; it has: {there}")
+    table = section.sdata.tables[name]
+    attributes = table.uns.get("spatialdata_attrs") or {}
+    (element, *others) = np.atleast_1d(attributes.get("region") or "").tolist()
+    if others or section.elements.get(element) not in ("shapes", "labels"):
+        raise UsageError(
+            f"{name!r} does not annotate one element with cells; choose another table with --from"
         )
-    return max(found, key=lambda name: (made.get(name, {}).get("written", ""), name))
+    return CellPlaces(
+        name=name,
+        genes=[str(gene) for gene in table.var_names],
+        values=table.X,
+        spread=table.layers.get(_SPREAD_LAYER),
+        element=element,
+        ids=table.obs[attributes["instance_key"]].to_numpy(),
+        obs_names=table.obs_names.to_numpy(),
+        centres_um=table.obsm.get("spatial"),
+    )
 
 
-def _uncertainty(has_spread: bool, measured: bool) -> str | None:
-    """Where the standard deviation of counts comes from: ``samples``, ``counting``, or None where nobody knows it."""
-    return "samples" if has_spread else "counting" if measured else None
+def cells_in(section: Section, name: str, region: Region | None = None) -> CellPlaces:
+    """Cells of a table at the centroids of the shapes it annotates, in a region if one is given.
+
+    Raises
+    ------
+    UsageError
+        If there is no such table, it annotates no shapes, or fewer than ten cells are left.
+    """
+    cells = cells_of(section, name)
+    if section.elements[cells.element] != "shapes":
+        raise UsageError(f"the table {name!r} annotates no shapes of {section.path.name}; name one of cells")
+    geometry, rows = discovery.annotated(section.sdata, cells.element, name)
+    frame = section.frame
+    to_um = discovery.affine(section.sdata.shapes[cells.element], frame.name, frame.um_per_unit)
+    centres = Cells(discovery.in_um(geometry, to_um), None).centres_um
+    x0, y0, x1, y1 = region or (-np.inf, -np.inf, np.inf, np.inf)
+    inside = np.flatnonzero((centres >= [x0, y0]).all(1) & (centres < [x1, y1]).all(1))
+    if len(inside) < LEAST_PLACES:
+        raise UsageError(f"only {len(inside)} cells of {name} lie in the region; give a larger --region")
+    ids = geometry.index.to_numpy()[inside]  # in the shapes' own type, so that tables can be matched
+    return replace(cells.take(np.asarray(rows)[inside]), ids=ids, centres_um=centres[inside])
+
+
+def spots_of(section: Section, places: BinPlaces | CellPlaces) -> SpotPlaces | None:
+    """The spots in the area of the places; None where fewer than ten are."""
+    if section.spots is None:
+        return None
+    x, y = section.spots.centres_um.T
+    rows, columns, inside = places.grid.rows_columns(x, y)
+    if isinstance(places, BinPlaces):
+        inside[inside] = places.number[rows[inside], columns[inside]]
+    spots = SpotPlaces(section.spots, inside)
+    return spots if spots.count >= LEAST_PLACES else None
+
+
+def newest_cells(section: Section) -> str:
+    """The table of cells to read if none is named: the newest ``cells_x*``, else the measured ``cells_table``."""
+    made, tables = section.provenance, _tables(section)
+    ours = [name for name in tables if _CELLS.match(name)]
+    if ours:
+        return max(ours, key=lambda name: (made.get(name, {}).get("written", ""), name))
+    if _CELLS_TABLE in tables:
+        return _CELLS_TABLE
+    raise StsrError(f"{section.path.name} has no table of cells; run: stsr singlecell {section.path}")
+
+
+def _tables(section: Section) -> list[str]:
+    return [name for name, kind in section.elements.items() if kind == "tables"]
 
 
 def _or_counting(spread: np.ndarray | None, counts: np.ndarray, uncertain: bool) -> np.ndarray | None:
-    """The spread, or for measured counts that of a Poisson variable whose mean was what was counted."""
+    """The spread, or for measured counts the Poisson standard deviation: the square root of the count."""
     return np.sqrt(counts) if uncertain and spread is None else spread
 
 
-def _dense(values) -> np.ndarray:
+def _dense(values: Any) -> np.ndarray:
     return np.asarray(values.toarray() if sp.issparse(values) else values, np.float32)

@@ -1,4 +1,4 @@
-"""`stsr celltype` on a small section whose types are known, and on real cells."""
+"""`stsr celltype` on a small section with known cell types, and on real cells."""
 
 import hashlib
 import json
@@ -15,6 +15,7 @@ from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid
 from stsr.store import catalogue, elements, places, publishing
 from stsr.store.section import open_section
+from stsr.verbs.celltype import model
 from stsr.verbs.celltype.verb import celltype
 
 TYPES = ["Fibroblast", "Malignant", "T_cell"]
@@ -105,7 +106,7 @@ def labels(element="celltype_x10"):
 
 
 def expected() -> np.ndarray:
-    """Codes: 0 where there are hardly counts, or no tissue."""
+    """Codes: 0 where there are hardly any counts, or no tissue."""
     codes = true_types() + 1
     codes[EMPTY_ROWS] = 0
     codes[:, GLASS_COLUMNS] = 0
@@ -120,7 +121,7 @@ def test_types_are_where_they_are(here, way, source):
     assert made.source == (source or "superres_x10") and list(made.types) == TYPES
     numbers = np.bincount(expected().ravel(), minlength=4)[1:]
     assert list(made.types.values()) == numbers.tolist()
-    assert made.unassigned == 4 * 38  # bins with hardly counts; glass is no bin at all
+    assert made.unassigned == 4 * 38  # bins with hardly any counts; bins outside of tissue are not counted
     assert made.confidence > 0.9
 
 
@@ -141,7 +142,7 @@ def test_cells_get_types_too(here):
     assert made.element == "celltype_x10_cells" and made.source == "cells_x10"
     assert list(table.obs["celltype"]) == ["Fibroblast", "Malignant", "T_cell", "Fibroblast"]
     assert table.uns["spatialdata_attrs"]["region"] == "cells" and made.confidence is None
-    assert "confidence" not in table.obs  # nobody knows the spread of these counts
+    assert "confidence" not in table.obs  # the standard deviation of these counts is not known
 
 
 def test_the_result_opens_elsewhere(here):
@@ -189,6 +190,44 @@ def test_it_draws_in_spatialdata_plot(here, monkeypatch):
     assert set(TYPES) <= shown
 
 
+@pytest.mark.parametrize("per", ["bin", "cell"])
+def test_spatialdata_plot_colours_each_type_as_the_table_says(here, monkeypatch, per):
+    """The first type, Absent, does not occur: the others must keep their colours."""
+    pytest.importorskip("spatialdata_plot")
+    import spatialdata
+    from matplotlib import pyplot
+
+    monkeypatch.setattr("matplotlib.rcParams", pyplot.rcParams)
+    markers = {"Absent": GENES[:1], **json.loads((here / "markers.json").read_text())}
+    markers["Fibroblast"] = GENES[1:4]
+    (here / "five.json").write_text(json.dumps(markers))
+    celltype("s.zarr", markers="five.json", per=per, draws=0, min_probability=0.4)
+    sdata = spatialdata.read_zarr("s.zarr")
+    if per == "cell":
+        name, plot = (
+            "celltype_x10_cells",
+            sdata.pl.render_shapes("cells", "celltype", table_name="celltype_x10_cells"),
+        )
+    else:
+        name = "celltype_x10_bins"
+        plot = sdata.pl.render_labels("celltype_x10_bin_ids", "celltype", table_name=name, fill_alpha=1.0)
+    table = sdata.tables[name]
+    assert len(table.obs["celltype"].cat.categories) == len(table.uns["celltype_colors"])
+    told = dict(zip(table.obs["celltype"].cat.categories, table.uns["celltype_colors"], strict=True))
+    expected = {kind: colour for kind, colour in zip(TYPES, model.colours(TYPES), strict=True)}
+    assert {kind: told[kind] for kind in TYPES} == expected
+    figure, axis = pyplot.subplots(dpi=150)
+    plot.pl.show(ax=axis)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())
+    for kind in TYPES:
+        for x, y in table.obsm["spatial"][(table.obs["celltype"] == kind).to_numpy()][:3]:
+            column, row = axis.transData.transform((x, y))
+            shown = pixels[len(pixels) - 1 - round(row), round(column), :3]
+            assert "#{:02x}{:02x}{:02x}".format(*shown) == expected[kind], kind
+    pyplot.close("all")
+
+
 def test_colours_are_the_same_everywhere(here):
     celltype("s.zarr", reference="reference.csv", draws=0)
     celltype("s.zarr", markers="markers.json", per="cell", name="again")
@@ -201,6 +240,86 @@ def test_colours_are_the_same_everywhere(here):
     ]
     for kind in TYPES:
         assert len({colours[kind] for colours in found}) == 1
+
+
+@pytest.mark.parametrize("shape", ["box", "polygon"])
+def test_spatial_queries_cut_the_results(here, tmp_path, shape):
+    import shapely
+    import spatialdata
+
+    celltype("s.zarr", reference="reference.csv", draws=0)
+    celltype("s.zarr", reference="reference.csv", per="cell")
+    whole = spatialdata.read_zarr("s.zarr")
+    x0, y0, x1, y1 = 40.0, 80.0, 140.0, 170.0  # bins and one of the four cells
+    if shape == "box":
+        part = spatialdata.bounding_box_query(
+            whole,
+            axes=("x", "y"),
+            min_coordinate=[x0, y0],
+            max_coordinate=[x1, y1],
+            target_coordinate_system="global",
+        )
+    else:
+        part = spatialdata.polygon_query(
+            whole, shapely.box(x0, y0, x1, y1), target_coordinate_system="global"
+        )
+    part.write(tmp_path / "part.zarr")
+    tables = spatialdata.read_zarr(tmp_path / "part.zarr").tables
+    x, y = whole.tables["celltype_x10_bins"].obsm["spatial"].T
+    inside = (x > x0) & (x < x1) & (y > y0) & (y < y1)
+    assert inside.sum() == 90
+    bins = tables["celltype_x10_bins"]
+    pd.testing.assert_frame_equal(
+        bins.to_df(), whole.tables["celltype_x10_bins"][inside].to_df(), check_dtype=False
+    )
+    assert list(tables["celltype_x10_cells"].obs_names) == ["cell2"]
+    assert spatialdata.get_element_annotators(whole, "celltype_x10") == {"celltype_x10_table"}
+
+
+def test_without_a_mask_only_bins_near_spots_get_types(here):
+    """The supported bins, as in gec."""
+    import spatialdata
+
+    sdata = spatialdata.read_zarr("s.zarr")
+    centres = np.array([[60.0, 100.0], [160.0, 100.0]])
+    counts = anndata.AnnData(
+        np.ones((2, 12), np.float32), pd.DataFrame(index=["a", "b"]), pd.DataFrame(index=GENES)
+    )
+    for name in ("tissue", "superres_x10_sd"):
+        del sdata[name]
+    sdata["spots"] = elements.spot_shapes(centres, "disc", 55.0, counts.obs_names)
+    sdata["spots_table"] = elements.table(counts, "spots", centres)
+    publishing.create("bare.zarr", sdata, open_section("s.zarr").provenance)
+    section = open_section("bare.zarr")
+    supported = section.support(GRID)
+    assert 0 < supported.sum() < supported.size / 2
+    celltype("bare.zarr", markers="markers.json", draws=0, min_counts=0, min_probability=0)
+    codes = np.asarray(open_section("bare.zarr").sdata.labels["celltype_x10"])
+    np.testing.assert_array_equal(codes > 0, supported)
+    assert places.bins_of(section, "superres_x10").count == supported.sum()
+
+
+def test_measured_cells_are_typed_where_no_others_are(here):
+    import spatialdata
+
+    sdata = spatialdata.read_zarr("s.zarr")
+    sdata["cells_table"] = sdata.tables["cells_x10"].copy()
+    del sdata["cells_x10"]
+    publishing.create("measured.zarr", sdata, {})
+    made = celltype("measured.zarr", reference="reference.csv", per="cell", draws=2)
+    assert made.source == "cells_table" and list(made.types.values()) == [2, 1, 1]
+    assert made.confidence is not None, "measured counts have a Poisson standard deviation"
+
+
+def test_the_newest_cells_are_read(here):
+    table = open_section("s.zarr").sdata.tables["cells_x10"]
+    made = {"origin": "predicted", "command": "singlecell"}
+    publishing.publish(
+        "s.zarr", {"cells_x20": table.copy(), "cells_table": table.copy()}, {"cells_x20": made}
+    )
+    assert places.newest_cells(open_section("s.zarr")) == "cells_x20"
+    publishing.publish("s.zarr", {"cells_x10": table.copy()}, {"cells_x10": made}, overwrite=True)
+    assert places.newest_cells(open_section("s.zarr")) == "cells_x10"
 
 
 def test_running_again(here):

@@ -1,4 +1,4 @@
-"""Cell types from arrays and files: the regression, platform effects, clusters, colours; references and markers."""
+"""Parts of celltype: regression, platform effects, clusters, colours, references and markers."""
 
 import json
 from itertools import pairwise
@@ -95,7 +95,14 @@ def test_agreement_falls_with_the_spread(profiles):
     counts = (np.array([[60, 40, 0]] * 200) @ profiles.T).astype(np.float32)
     weights = model.transcripts_by_type(counts, profiles)
     found = [
-        model.agreement(counts, part * counts, profiles, weights, 10, np.random.default_rng(0)).mean()
+        model.agreement(
+            counts,
+            part * counts,
+            signatures=profiles,
+            weights=weights,
+            draws=10,
+            rng=np.random.default_rng(0),
+        ).mean()
         for part in (0.0, 0.5, 3.0)
     ]
     assert found[0] == 1 and found[0] >= found[1] > found[2] + 0.05
@@ -188,9 +195,9 @@ def test_labelled_cells(cells, tmp_path):
 
     cells.layers["counts"] = cells.X.copy()
     cells.X = cells.X.log1p()
-    cells.write_h5ad(tmp_path / "layered.h5ad")
+    cells.write_h5ad(tmp_path / "LAYERED.H5AD")
     np.testing.assert_allclose(
-        signatures.read_reference(tmp_path / "layered.h5ad", "kind", GENES).counts, expected
+        signatures.read_reference(tmp_path / "LAYERED.H5AD", "kind", GENES).counts, expected
     )
 
     del cells.layers["counts"]
@@ -216,7 +223,7 @@ def test_bad_tables(tmp_path):
     refused("without a number")
     refused("label-key", label_key="kind")
     (tmp_path / "r.csv").write_text("gene,A,B\nG0,many,few\n")
-    refused("no table of numbers")
+    refused("not a table of numbers")
     (tmp_path / "r.csv").write_bytes(b"\x00\xff\xfe\x81")
     refused("r.csv")
 
@@ -257,6 +264,10 @@ MARKERS = {"A": ["G0", "G1"], "B": ["G2", "nope"]}
         ("m.gmt", "A\tabout\tG0\tG1\nB\t\tG2\tnope\n"),
         ("m.csv", "type,gene\nA,G0\nA,G1\nB,G2\nB,nope\n"),
         ("m.csv", "Gene,cell_type\nG0,A\nG1,A\nG2,B\nnope,B\n"),
+        ("m.csv", " GENE , CellType \n G0 , A \nG1,A\n,\n,B\nG2,B\nG9,\n nope,B \n"),
+        ("m.csv", "gene,note,TYPE\nG0,of A,A\nG2,,B\nG1,,A\nnope,,B\n"),
+        ("m.gmt", "\n A \tabout\tG0\t\t G1 \n\n\t \nB\tx\tG2\tnope\t\n"),
+        ("M.GMT", "A\tabout\tG0\tG1\nB\t\tG2\tnope\n"),
     ],
 )
 def test_markers_in_three_formats(tmp_path, name, text):
@@ -265,14 +276,38 @@ def test_markers_in_three_formats(tmp_path, name, text):
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("m.json", '{"2": [7], "1": [8, 9]}'),
+        ("m.csv", "type,gene\n2,7\n1,8\n1,9\n"),
+        ("m.gmt", "2\t\t7\n1\t\t8\t9\n"),
+    ],
+)
+def test_types_and_markers_are_text_in_the_order_of_the_file(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert list(signatures.read_markers(tmp_path / name).items()) == [("2", ["7"]), ("1", ["8", "9"])]
+
+
+def test_a_gmt_line_of_one_gene_is_enough_and_one_of_none_is_not(tmp_path):
+    (tmp_path / "m.gmt").write_text("A\tabout\tG0\nB\tabout\tG1\n")
+    assert signatures.read_markers(tmp_path / "m.gmt") == {"A": ["G0"], "B": ["G1"]}
+
+
+@pytest.mark.parametrize(
     ("name", "text", "match"),
     [
-        ("m.json", "{", "no list of markers"),
-        ("m.json", '["G0"]', "no list of markers"),
-        ("m.json", '{"A": "G0", "B": "G1"}', "no list of markers"),
+        ("m.json", "{", "not a list of markers"),
+        ("m.json", '["G0"]', "not a list of markers"),
+        ("m.json", '{"A": "G0", "B": "G1"}', "not a list of markers"),
         ("m.json", '{"A": ["G0"]}', "1 cell type"),
-        ("m.gmt", "A G0 G1\n", "no list of markers"),
-        ("m.csv", "a,b\n1,2\n", "no list of markers"),
+        ("m.gmt", "A G0 G1\n", "not a list of markers"),
+        ("m.gmt", "A\tabout\tG0\nB\tabout\n", "not a list of markers"),
+        ("m.json", '{"A": ["G0"], "B": "G1"}', "not a list of markers"),
+        ("m.csv", "type,genes\nA,G0\nB,G1\n", "not a list of markers"),
+        ("m.csv", "kind,gene\nA,G0\nB,G1\n", "not a list of markers"),
+        ("m.csv", "type,gene\nA,G0\nA,G1\n", "1 cell type"),
+        ("m.txt", "type,gene\nA,G0\nB,G1\n", "give a .csv, .gmt or .json"),
+        ("m.csv", "a,b\n1,2\n", "not a list of markers"),
         ("m.xlsx", "", "csv"),
     ],
 )
@@ -289,3 +324,25 @@ def test_markers_become_flat_signatures():
     assert found.notes == ["C has no marker in the map and is left out"]
     with pytest.raises(UsageError, match="1 of the 4 marker genes are in the map, of 1 of 2 types"):
         signatures.from_markers({"A": ["G0", "x"], "B": ["y", "z"]}, GENES)
+
+
+def test_a_missing_file_of_markers(tmp_path):
+    with pytest.raises(UsageError, match=r"nowhere.csv .* that exists"):
+        signatures.read_markers(tmp_path / "nowhere.csv")
+
+
+def test_genes_are_listed_once_and_belong_to_every_type_that_names_them():
+    """Repeats within a type, genes shared by types, and genes that the section lacks."""
+    found = signatures.from_markers({"A": ["G3", "x", "G0", "G3"], "B": ["G0", "G1"]}, GENES)
+    assert (found.types, found.genes, found.notes) == (["A", "B"], ["G3", "G0", "G1"], [])
+    np.testing.assert_array_equal(found.counts, [[1, 0], [1, 1], [0, 1]])
+    np.testing.assert_allclose(found.profiles, [[0.5, 0], [0.5, 0.5], [0, 0.5]])
+
+
+def test_one_type_with_markers_is_not_enough_and_two_are():
+    two = {"A": ["G0"], "B": ["G1"], "C": ["x"]}
+    assert signatures.from_markers(two, GENES).types == ["A", "B"]
+    with pytest.raises(UsageError, match="2 of the 4 marker genes are in the map, of 1 of 3 types"):
+        signatures.from_markers({**two, "B": ["G1", "G2", "G1"]}, ["G1", "G2"])
+    with pytest.raises(UsageError, match="0 of the 3 marker genes are in the map, of 0 of 3 types"):
+        signatures.from_markers(two, [])

@@ -1,4 +1,4 @@
-"""Correlation matrices, what they are worth under autocorrelation, and correlation by distance, on known cases."""
+"""Correlation matrices, p-values corrected for autocorrelation, and correlation by distance, on known cases."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_moments(values):
 
 
 def test_counting_noise_is_taken_out_of_the_correlation():
-    """Intensities of known correlation, counted: raw counts correlate less, corrected ones as the intensities do."""
+    """Raw counts correlate less than their intensities; corrected ones correlate as the intensities do."""
     rng = np.random.default_rng(1)
     shared, own = rng.gamma(1, 1, 40_000), rng.gamma(1, 1, (3, 40_000))
     intensity = np.stack([0.4 * shared + 0.2 * own[0], 0.3 * shared + 0.1 * own[1], 0.5 * own[2]])
@@ -179,7 +179,7 @@ def ragged():
 
 
 def test_independent_fields_are_rarely_called_correlated(ragged):
-    """At 5 %, naive p-values of smooth independent genes are wrong most of the time; these keep what they promise."""
+    """At 5 %, naive p-values call most independent smooth genes correlated; corrected ones about 5 %."""
     rng = np.random.default_rng(5)
     found, results = Correlogram(ragged, 10.0), []
     for _ in range(200):

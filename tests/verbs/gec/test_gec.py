@@ -1,4 +1,4 @@
-"""stsr gec: the verb and the command, on sections whose correlations are known."""
+"""`stsr gec` on sections with known correlations: the function and the command."""
 
 import hashlib
 import json
@@ -14,10 +14,15 @@ from typer.testing import CliRunner
 from stsr.cli.app import app
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid, add_up
+from stsr.progress import silent
 from stsr.simulate import simulate_tissue, write_xenium
 from stsr.store import elements, publishing
+from stsr.store.parts import Map
+from stsr.store.places import BinPlaces, bins_of
 from stsr.store.section import open_section
+from stsr.verbs.gec import matrices
 from stsr.verbs.gec.figure import gec_figure
+from stsr.verbs.gec.values import Values
 from stsr.verbs.gec.verb import gec
 from stsr.verbs.prepare.verb import prepare
 from stsr.verbs.superres.verb import superres
@@ -97,7 +102,9 @@ def test_only_tissue_counts_and_what_does_not_vary_is_left_out(store):
     result = gec(store, source="hr_10um")
     table = table_of(result)
     assert list(table.obs_names) == list(table.var_names) == GENES[:4]
-    assert result.places == 36 * 26 and "1 of 5 genes do not vary here: left out STILL" in result.notes
+    assert (
+        result.places == 36 * 26 and "1 of 5 genes do not vary here and are left out: STILL" in result.notes
+    )
     np.testing.assert_allclose(table["A"].X.ravel()[:3], [1, 1, -1], atol=1e-5)
     np.testing.assert_allclose(table["A"].layers["spearman"].ravel()[:3], [1, 1, -1], atol=1e-5)
     assert abs(table["A", "OTHER"].X.item()) < 0.15
@@ -155,6 +162,101 @@ def test_cells_of_two_tables_are_matched_by_their_name(section):
     publishing.publish(section, {"cells_x5": whole[:-5].copy()}, {"cells_x5": {"command": "singlecell"}})
     with pytest.raises(UsageError, match="lacks cells"):
         gec(section, per="cell", source="cells_x10", truth="cells_x5", name="g")
+
+
+@pytest.mark.parametrize("per", ["bin", "cell"])
+def test_spatial_queries_leave_the_table_of_genes_out(section, tmp_path, per):
+    """It describes the whole section, not the part that a query selects."""
+    import shapely
+    import spatialdata
+
+    table = gec(section, source="hr_10um" if per == "bin" else None, per=per).element
+    whole = spatialdata.read_zarr(section)
+    assert table in whole.tables
+    corner = {"min_coordinate": [100, 100], "max_coordinate": [300, 300]}
+    box = spatialdata.bounding_box_query(whole, axes=("x", "y"), target_coordinate_system="global", **corner)
+    polygon = spatialdata.polygon_query(
+        whole, shapely.box(100, 100, 300, 300), target_coordinate_system="global"
+    )
+    for number, part in enumerate((box, polygon)):
+        part.write(tmp_path / f"{number}.zarr")
+        tables = spatialdata.read_zarr(tmp_path / f"{number}.zarr").tables
+        assert set(tables) == {"cells_table", "spots_table"}
+    assert spatialdata.get_element_annotators(whole, "cells") == {"cells_table"}, (
+        "plots by gene find one table"
+    )
+
+
+def test_without_a_tissue_mask_the_section_says_which_bins_count(section):
+    import spatialdata
+
+    sdata = spatialdata.read_zarr(section)
+    del sdata.labels["tissue"]
+    sdata.delete_element_from_disk("tissue")
+    bare = open_section(section)
+    places = bins_of(bare, "hr_10um", 20)
+    fine = places.grid.at(10)
+    supported = bare.support(fine)
+    np.testing.assert_array_equal(places.number, add_up(supported.astype(int), 2) == 4)
+    assert gec(section, source="hr_10um", bin_um=20).places == places.count
+
+
+@pytest.mark.parametrize(("memory_bytes", "reads"), [(2**32, 1), (2**15, 5)])
+def test_a_gene_is_read_once_if_memory_allows(store, monkeypatch, memory_bytes, reads):
+    kept = gec(store, source="hr_10um", name="whole")
+    seen = dict.fromkeys(GENES, 0)
+    read = Map.read
+
+    def counted(self, genes=None, window=None):
+        for gene in genes:
+            seen[gene] += 1
+        return read(self, genes, window)
+
+    monkeypatch.setattr(Map, "read", counted)
+    monkeypatch.setattr(matrices, "MEMORY_BYTES", memory_bytes)
+    table = table_of(gec(store, source="hr_10um", name="again", overwrite=True))
+    assert seen["STILL"] == 1 and min(seen[gene] for gene in GENES[:4]) >= reads
+    assert reads > 1 or max(seen.values()) == 1
+    whole = table_of(kept)
+    np.testing.assert_array_equal(table.X, whole.X)
+    np.testing.assert_array_equal(table.layers["p"], whole.layers["p"])
+    pd.testing.assert_frame_equal(table.uns["lags"], whole.uns["lags"])
+
+
+def test_values_with_more_digits_than_memory_holds_are_read_each_time():
+    class Array(np.ndarray):
+        def rows(self, index, rows, columns):
+            return self[index][:, rows, columns]
+
+    values, grid = np.random.default_rng(1).random((3, 4, 5)), Grid(0.0, 0.0, 10.0, 4, 5)
+    for dtype in (np.float64, np.float32):
+        held = Map(grid, ["A", "B", "C"], values.astype(dtype).view(Array))
+        places = BinPlaces("map", held, grid, values[0] > 0.2)
+        found = Values(places, ["C", "A"], 2**20)
+        for genes in (["A"], ["C", "A"], ["B", "A"], ["C", "A"]):
+            np.testing.assert_array_equal(found.read(genes), places.read(genes))
+            # sums over places are rounded alike only if they are laid out alike
+            assert found.read(genes).flags.f_contiguous and places.read(genes).flags.f_contiguous
+        places._values = None
+        if dtype == np.float32:
+            assert found.read(["A", "C"]).shape == (2, places.count)
+        else:
+            with pytest.raises(AttributeError):
+                found.read(["A", "C"])
+
+
+def test_moran_is_that_of_squidpy(store):
+    squidpy = pytest.importorskip("squidpy")
+    import anndata
+
+    table = table_of(gec(store, source="hr_10um", truth="superres_x10"))
+    places = bins_of(open_section(store), "hr_10um")
+    genes = list(table.obs_names)
+    cells = anndata.AnnData(places.read(genes).T.astype(float), var=pd.DataFrame(index=genes))
+    cells.obsm["spatial"] = places.centres_um
+    squidpy.gr.spatial_neighbors(cells, coord_type="generic", radius=15.0)
+    squidpy.gr.spatial_autocorr(cells, mode="moran", transformation=False, show_progress_bar=False)
+    np.testing.assert_allclose(table.obs["moran_i"], cells.uns["moranI"]["I"][genes], atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- against the truth
@@ -300,7 +402,7 @@ def test_a_section_without_a_map(section):
 def test_a_map_with_holes(store):
     image = open_section(store).sdata.images["superres_x10"].astype(np.float32)
     publishing.publish(store, {"holes_x10": image.where(image < 8)}, {"holes_x10": {"command": "superres"}})
-    with pytest.raises(StsrError, match="no numbers"):
+    with pytest.raises(StsrError, match="NaN or infinite"):
         gec(store, source="holes_x10")
 
 
@@ -308,7 +410,7 @@ def test_a_map_with_holes(store):
 
 
 class Tens:
-    """150 genes that go together in tens."""
+    """150 genes in correlated groups of ten."""
 
     def __init__(self):
         rng = np.random.default_rng(0)
@@ -319,19 +421,21 @@ class Tens:
     def read(self, genes):
         return self.values[[int(gene[4:]) for gene in genes]]
 
-    def rasters(self, values):
+    def raster(self, values):
         return values.reshape(-1, 15, 15)
 
 
 @pytest.mark.parametrize("genes", [12, 150])
 @pytest.mark.parametrize("truth", [False, True])
 def test_figures_of_few_and_many_genes(tmp_path, genes, truth):
-    from stsr.verbs.gec.table import _add_layer, correlate
+    from stsr.verbs.gec.agreement import add_layer
+    from stsr.verbs.gec.table import correlate
 
     places = Tens()
-    table = correlate(places, places.genes[:genes], 5, [], lambda *_: None)
+    names = places.genes[:genes]
+    table = correlate(Values(places, names, 0), places, genes=names, top=5, lags=[], progress=silent)
     if truth:
-        _add_layer(table, "truth_denoised", places.genes[: genes - 1], table.X[1:, 1:])
+        add_layer(table, "truth_denoised", places.genes[: genes - 1], table.X[1:, 1:])
     path = gec_figure(table, tmp_path / "f.png", "a title")
     pixels = np.asarray(Pillow.open(path).convert("RGB")).astype(int)
     assert pixels.shape[1] > 1.3 * pixels.shape[0] > 1500

@@ -1,9 +1,9 @@
-"""Cell types from counts: a Poisson regression on signatures, with platform effects; clusters where there are none.
+"""Cell type proportions from counts: Poisson regression on signatures, platform effects, clusters, colours.
 
-Counts y (n, g) of a place (a bin, a cell) are Poisson with mean ``sum_k w_k a_g s_gk``: s_gk is the share of gene g in
-the transcripts of type k, a_g >= 0 how much better or worse than the reference this platform sees the gene, and
-w_k >= 0 how many transcripts are of that type. This is the model of RCTD (Cable et al. 2022, Nat Biotechnol 40:517)
-without its overdispersion. Expected counts of a super-resolved map go through the same likelihood.
+Counts y (n, g) of a place (a bin or a cell) are Poisson with mean ``sum_k w_k a_g s_gk``: s_gk is the fraction of gene
+g in the transcripts of type k, a_g >= 0 the detection rate of the gene on this platform relative to the reference, and
+w_k >= 0 the number of transcripts from that type. This is the model of RCTD (Cable et al. 2022, Nat Biotechnol 40:517)
+without overdispersion. Expected counts of a super-resolved map are fitted with the same likelihood.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ GREY = "#bdbdbd"
 
 _BLOCK = 8192  # places fitted together: three arrays of them x genes are in memory
 _STEPS, _REDRAWN_STEPS = 200, 30  # redraws start near their end
-_EVERY, _TOLERANCE = 10, 1e-3  # steps between looks at the change of a share, and the change that is none
+_EVERY, _TOLERANCE = (
+    10,
+    1e-3,
+)  # steps between checks for convergence, and the largest change of a converged share
 _TINY = 1e-12
-_AWAY = 0.05  # of a start's weight goes to all types: the updates never leave a weight of exactly 0
+_AWAY = 0.05  # of a start's weight is spread over all types: updates cannot raise a weight of exactly 0
 FOLD = 20.0
-"""A gene that two platforms see so differently is not the same measurement."""
+"""Genes whose detection rate differs more than this between two platforms are not comparable."""
 
-# Lineages that most references have, by what their names begin with; Okabe-Ito's and Tol's colours, so that neighbours
-# in tissue differ for colour-blind eyes as well.
+# Common lineages by the beginning of their names, in the colours of Okabe-Ito and Tol, which colour-blind readers can
+# tell apart.
 _LINEAGES = {
     "malignant": "#cc3311", "cancer": "#cc3311", "tumor": "#cc3311", "tumour": "#cc3311",
     "epithelial": "#ee9966", "luminal": "#ee9966", "basal": "#aa6611", "myoepithelial": "#aa6611",
@@ -43,23 +46,23 @@ _LINEAGES = {
 
 
 def platform_effects(totals: np.ndarray, profiles: np.ndarray) -> np.ndarray:
-    """How much better or worse than the reference a platform sees each gene.
+    """Estimate the detection rate of each gene relative to the reference.
 
-    As in RCTD, the whole section is one mixture whose genes deviate log-normally: the mixture w >= 0 that minimises
-    ``sum_g v_g (log Y_g - log sum_k w_k s_gk)^2`` is found, and what is left are the effects. ``v_g = Y_g / (Y_g + 1)``
-    lets genes of few counts, whose log is mostly noise, speak less.
+    As in RCTD, the whole section is treated as one mixture with log-normal deviations per gene: the mixture w >= 0
+    minimises ``sum_g v_g (log Y_g - log sum_k w_k s_gk)^2``, and the residuals are the effects. The weight
+    ``v_g = Y_g / (Y_g + 1)`` is small for genes with few counts, whose log is mostly noise.
 
     Parameters
     ----------
     totals
-        Y (g,) counts of the whole section, above 0.
+        Y (g,) counts of the whole section, all above 0.
     profiles
-        s (g, k), each row above 0 somewhere.
+        s (g, k), with a value above 0 in each row.
 
     Returns
     -------
     effects
-        a (g,), of geometric mean 1.
+        a (g,), with geometric mean 1.
     """
     from scipy.optimize import minimize
 
@@ -80,29 +83,30 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def transcripts_by_type(
-    counts: np.ndarray, signatures: np.ndarray, start=None, steps: int = _STEPS
+    counts: np.ndarray, signatures: np.ndarray, start: np.ndarray | None = None, steps: int = _STEPS
 ) -> np.ndarray:
-    """Maximum likelihood of a Poisson regression with non-negative weights.
+    """Fit a Poisson regression with non-negative weights by maximum likelihood.
 
     The multiplicative updates ``w <- w * S^T (y / S w) / S^T 1`` are the EM algorithm of this model (Shepp & Vardi
-    1982; Lee & Seung 2001): the likelihood never falls, and weights stay non-negative.
+    1982; Lee & Seung 2001): the likelihood never decreases, and weights stay non-negative.
 
     Parameters
     ----------
     counts
-        (n, g), not negative, whole or expected.
+        (n, g), non-negative; measured or expected.
     signatures
         S (g, k): profiles times platform effects.
     start
         (n, k) weights near the solution; equal shares by default.
     steps
-        At most so many updates; a place is done when none of its shares changed by more than 0.001 in ten.
+        Maximum number of updates; a place has converged when none of its shares changes by more than 0.001 in ten
+        updates.
 
     Returns
     -------
     weights
-        (n, k) float32: how many of the counts are of each type. They add up to the counts of a place, as far as any
-        type can have them.
+        (n, k) float32: counts from each type. They add up to the counts of a place, except for counts of genes that
+        are 0 in all signatures.
     """
     signatures = np.asarray(signatures, np.float32)
     reach = signatures.sum(0)  # (k,)
@@ -115,11 +119,11 @@ def transcripts_by_type(
 
 
 def _updated(counts: np.ndarray, shares: np.ndarray, start: np.ndarray | None, steps: int) -> np.ndarray:
-    """The updates for signatures whose columns add up to 1, which makes ``S^T 1`` vanish."""
+    """Updates for signatures whose columns add up to 1, so that the division by ``S^T 1`` drops out."""
     total = counts.sum(1, keepdims=True)
     even = np.broadcast_to(total / shares.shape[1], (len(counts), shares.shape[1]))
     weights = even.copy() if start is None else (1 - _AWAY) * start + _AWAY * even
-    moving = np.arange(len(counts))  # most places are done long before the last
+    moving = np.arange(len(counts))  # most places converge early
     for _ in range(0, steps, _EVERY):
         before = now = weights[moving]
         for _ in range(_EVERY):
@@ -133,7 +137,7 @@ def _updated(counts: np.ndarray, shares: np.ndarray, start: np.ndarray | None, s
 
 
 def proportions(weights: np.ndarray) -> np.ndarray:
-    """Shares (n, k) of weights (n, k); 0 where there is nothing."""
+    """Weights (n, k) as shares of their sum; 0 where it is 0."""
     total = weights.sum(1, keepdims=True)
     return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
 
@@ -141,19 +145,26 @@ def proportions(weights: np.ndarray) -> np.ndarray:
 def assign(shares: np.ndarray, counts: np.ndarray, min_probability: float, min_counts: float) -> np.ndarray:
     """Code (n,) of the type with the largest share, 1 to k; 0 for unassigned.
 
-    Unassigned: the largest share is below ``min_probability`` or whose counts (n,) are below ``min_counts``.
+    Unassigned are places whose largest share is below ``min_probability`` or whose counts (n,) are below
+    ``min_counts``.
     """
     codes = shares.argmax(1) + 1
     return np.where((shares.max(1) >= min_probability) & (counts >= min_counts), codes, 0)
 
 
 def agreement(
-    counts: np.ndarray, spread: np.ndarray, signatures: np.ndarray, weights: np.ndarray, draws: int, rng
+    counts: np.ndarray,
+    spread: np.ndarray,
+    *,
+    signatures: np.ndarray,
+    weights: np.ndarray,
+    draws: int,
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """Part (n,) of redrawn counts whose largest type is the same.
+    """Fraction (n,) of redrawn counts with the same largest type.
 
-    Each value is redrawn from the gamma distribution with its mean and standard deviation, on its own: genes that err
-    together in the samples of a model do not do so here, so that the agreement is that of independent errors.
+    Each value is redrawn independently from the gamma distribution with its mean and standard deviation. Errors that
+    are correlated between genes, as in the samples of a model, are not reproduced.
 
     Parameters
     ----------
@@ -162,9 +173,9 @@ def agreement(
     signatures
         S (g, k).
     weights
-        (n, k), those of ``counts``.
+        (n, k) fitted to ``counts``.
     draws
-        How many.
+        Number of redraws.
     rng
         A `numpy.random.Generator`.
     """
@@ -187,17 +198,17 @@ def agreement(
 
 
 def clusters(counts: np.ndarray, resolution: float, seed: int) -> np.ndarray:
-    """Leiden clusters (n,) of places, 0 the largest.
+    """Cluster places with the Leiden algorithm: labels (n,), 0 for the largest cluster.
 
-    Counts are normalised to the median total and logged; 30 principal components; 15 exact
-    neighbours with Gaussian weights (Coifman et al. 2005), by scanpy.
+    scanpy's usual steps: counts normalised to the median total and log-transformed, 30 principal components, 15 exact
+    neighbours with Gaussian weights (Coifman et al. 2005).
 
     Parameters
     ----------
     counts
         (n, g).
     resolution
-        Of the modularity: more is finer.
+        Of the modularity: larger values give more clusters.
     seed
         Of components, neighbours and clusters.
 
@@ -213,7 +224,7 @@ def clusters(counts: np.ndarray, resolution: float, seed: int) -> np.ndarray:
         import igraph  # noqa: F401 - what scanpy's Leiden runs on
     except ImportError:
         raise UsageError(
-            "clusters need igraph; run: pip install igraph, or give --reference or --markers"
+            "clustering needs igraph; run: pip install igraph, or give --reference or --markers"
         ) from None
     if len(counts) < 50:
         raise UsageError(f"{len(counts)} places are too few to cluster; give --reference or --markers")
@@ -231,9 +242,9 @@ def clusters(counts: np.ndarray, resolution: float, seed: int) -> np.ndarray:
 def ranked_markers(
     counts: np.ndarray, labels: np.ndarray, genes: list[str], most: int = 10
 ) -> list[list[str]]:
-    """The genes of each label 0..k-1 that set it apart: by Welch's t on log-normalised counts, best first.
+    """Marker genes of each label 0..k-1, ranked by Welch's t on log-normalised counts.
 
-    The clusters were made from the same counts, so the order means something and p-values would not.
+    p-values are not given: the clusters were made from the same counts.
     """
     import anndata
     import scanpy as sc
@@ -251,10 +262,11 @@ def ranked_markers(
 
 
 def colours(types: list[str]) -> list[str]:
-    """A colour (hex) for each type, by its name alone, so that sections and runs agree.
+    """A colour (hex) for each type. It depends on the name, so that it is the same in all sections and runs.
 
-    Common lineages have one each; a number at the end ("cluster 3") counts through a list; other names are hashed to
-    it. Only where two names of one section would share a colour does the later one take the next that is free.
+    Common lineages have fixed colours. Other names take a colour from a list, by the number at their end
+    ("cluster 3") or by their hash. If two types of a section would share a colour, the later one takes the next free
+    colour.
     """
     from scanpy.plotting.palettes import default_102
 

@@ -1,18 +1,23 @@
-"""What cell types look like: signatures from a labelled reference, marker lists, or clusters, on a section's genes."""
+"""Cell type signatures from a labelled reference or from marker lists."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from stsr.errors import UsageError
 
-_LEAST_CELLS = 10  # of a type in a reference: fewer do not average to a signature
-_LOG_BELOW = 30.0  # no raw count table stays below this; log of counts per 10,000 always does (at most 9.2)
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_LEAST_CELLS = 10  # of a type in a reference; fewer give a noisy signature
+_LOG_BELOW = 30.0  # normalised values below this are taken as logs; log of counts per 10,000 is 9.2 at most
 _SYMBOLS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_short_name", "symbol")
 _MARKER_HEADS = {"type", "celltype", "cell_type"}
 _UNTYPED = {"", "nan", "none", "na", "unknown", "unassigned"}
@@ -20,7 +25,7 @@ _UNTYPED = {"", "nan", "none", "na", "unknown", "unassigned"}
 
 @dataclass(frozen=True)
 class Signatures:
-    """Expression of each type.
+    """Expression profile of each cell type.
 
     Parameters
     ----------
@@ -29,9 +34,9 @@ class Signatures:
     genes
         Names, g.
     counts
-        (g, k) counts of each gene summed over a type's cells, or any multiple of them that is a type's own.
+        (g, k) counts of each gene summed over a type's cells; each column may be scaled by any factor.
     notes
-        What the user should know about the file.
+        Remarks for the user about the file.
     """
 
     types: list[str]
@@ -41,16 +46,16 @@ class Signatures:
 
     @property
     def profiles(self) -> np.ndarray:
-        """(g, k) share of each gene in a type's transcripts; columns add up to 1."""
+        """(g, k) fraction of each gene in a type's transcripts; columns add up to 1."""
         return self.counts / self.counts.sum(0)
 
     def on(self, genes: list[str]) -> Signatures:
-        """The same for these genes, all of them among its own."""
+        """The signatures restricted to some of their genes."""
         place = {gene: row for row, gene in enumerate(self.genes)}
         return Signatures(self.types, list(genes), self.counts[[place[gene] for gene in genes]], self.notes)
 
     def distinct(self, most: int) -> list[list[str]]:
-        """For each type the genes that tell it best from the mean of all types, at most so many."""
+        """The genes that distinguish each type best from the mean of all types, at most ``most`` per type."""
         told = self._told()
         order = np.argsort(-told, axis=0, kind="stable")[:most]
         return [
@@ -59,7 +64,7 @@ class Signatures:
         ]
 
     def informative(self, most: int) -> Signatures:
-        """The genes whose transcripts tell most about the type (mutual information), at most so many."""
+        """The signatures on the genes with the most mutual information with the type, at most ``most``."""
         if len(self.genes) <= most:
             return self
         told = self._told().sum(1)
@@ -67,7 +72,7 @@ class Signatures:
         return Signatures(self.types, [self.genes[row] for row in kept], self.counts[kept], self.notes)
 
     def _told(self) -> np.ndarray:
-        """(g, k) what a gene says about a type: ``s log(s / mean s)``, whose sum is the information."""
+        """(g, k) contribution of each gene and type to the mutual information: ``s log(s / mean s)``."""
         share = self.profiles
         mean = share.mean(1, keepdims=True)
         ratio = np.divide(share, mean, out=np.ones_like(share), where=share > 0)
@@ -75,21 +80,21 @@ class Signatures:
 
 
 def read_reference(path: str | Path, label_key: str | None, measured: list[str]) -> Signatures:
-    """Signatures from a labelled reference.
+    """Read signatures from a labelled reference.
 
     Parameters
     ----------
     path
         ``.h5ad`` of labelled cells with raw counts, or a table (csv, tsv, also gzipped) of genes x types.
     label_key
-        Column of ``obs`` with the types; only for h5ad, where it may be left out if one column is called as usual.
+        Column of ``obs`` with the types; only for h5ad. May be left out if exactly one column has a usual name.
     measured
-        Genes of the section: they tell which of a reference's gene names, or which side of a table, to use.
+        Genes of the section. They decide which gene names of a reference to use, and which way round a table is.
 
     Raises
     ------
     UsageError
-        If the file cannot be read, has negative numbers, one type only, or no such column.
+        If the file cannot be read, has negative values, only one type, or no such column.
     """
     path = Path(path)
     if not path.is_file():
@@ -101,7 +106,9 @@ def read_reference(path: str | Path, label_key: str | None, measured: list[str])
             raise UsageError(f"--label-key is for .h5ad files; the columns of {path.name} are its types")
         found = _from_table(path, measured)
     if len(found.types) < 2:
-        raise UsageError(f"{path.name} has signatures of {len(found.types)} cell type; give two or more")
+        raise UsageError(
+            f"{path.name} has signatures of {len(found.types)} cell type; two or more are needed"
+        )
     return found
 
 
@@ -113,7 +120,7 @@ def _from_table(path: Path, measured: list[str]) -> Signatures:
     except (OSError, ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(
-            f"{path.name} is no table of numbers ({reason}); give genes x cell types as csv or tsv"
+            f"{path.name} is not a table of numbers ({reason}); give genes x cell types as csv or tsv"
         ) from error
     if table.columns.isin(measured).sum() > table.index.isin(measured).sum():
         table, values = table.T, values.T
@@ -150,7 +157,7 @@ def _from_cells(path: Path, label_key: str | None, measured: list[str]) -> Signa
 
 
 def _labels(obs: pd.DataFrame, label_key: str | None, path: Path) -> pd.Series:
-    """The type of each cell; cells that nobody labelled are missing."""
+    """The type of each cell; NaN for unlabelled cells."""
     usual = [key for key in ("cell_type", "celltype", "cell_types", "celltype_major") if key in obs]
     key = label_key or (usual[0] if len(usual) == 1 else None)
     if key not in obs:
@@ -162,10 +169,8 @@ def _labels(obs: pd.DataFrame, label_key: str | None, path: Path) -> pd.Series:
     return labels.mask(labels.str.lower().isin(_UNTYPED))
 
 
-def _expression(cells, path: Path):
-    """(matrix (cells, genes), its var, notes): raw counts where the file has them."""
-    import scipy.sparse as sp
-
+def _expression(cells: AnnData, path: Path) -> tuple[sp.csr_matrix, pd.DataFrame, list[str]]:
+    """(matrix (cells, genes), its var, notes): raw counts if the file has them."""
     candidates = [(cells.layers.get("counts"), cells.var), (cells.X, cells.var)]
     if cells.raw is not None:
         candidates.append((cells.raw.X, cells.raw.var))
@@ -173,7 +178,7 @@ def _expression(cells, path: Path):
         (sp.csr_matrix(matrix, dtype=np.float64), var) for matrix, var in candidates if matrix is not None
     ]
     if not candidates:
-        raise UsageError(f"{path.name} holds no expression; save it again with its counts in X")
+        raise UsageError(f"{path.name} has no expression matrix; save it again with counts in X")
     for matrix, var in candidates:
         _check_values(matrix.data, path)
         if np.array_equal(matrix.data, np.rint(matrix.data)):
@@ -183,11 +188,11 @@ def _expression(cells, path: Path):
     if is_log:
         matrix.data = np.expm1(matrix.data)
     taken = "as log(1 + x) of normalised counts" if is_log else "as normalised counts"
-    return matrix, var, [f"{path.name} holds no raw counts and is read {taken}; raw counts are better"]
+    return matrix, var, [f"{path.name} has no raw counts and is read {taken}; raw counts give better results"]
 
 
 def _gene_names(var: pd.DataFrame, measured: list[str]) -> pd.Index:
-    """The names that most of the section's genes go by: references often carry symbols beside Ensembl ids."""
+    """The gene names that match most of the section's genes: symbols or Ensembl ids."""
     choices = [var.index, *(pd.Index(var[key].astype(str)) for key in _SYMBOLS if key in var)]
     return max(choices, key=lambda names: names.isin(measured).sum())
 
@@ -224,49 +229,48 @@ def read_markers(path: str | Path) -> dict[str, list[str]]:
     path = Path(path)
     reader = {".json": _markers_json, ".gmt": _markers_gmt, ".csv": _markers_csv}.get(path.suffix.lower())
     if reader is None or not path.is_file():
-        raise UsageError(f"{path} is no file of markers; give a .csv, .gmt or .json that exists")
+        raise UsageError(f"{path} is not a marker file; give a .csv, .gmt or .json that exists")
     try:
         markers = reader(path)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, pd.errors.ParserError) as error:
         raise UsageError(
-            f"{path.name} is no list of markers; give csv with columns type,gene, gmt, or json {{type: [genes]}}"
+            f"{path.name} is not a list of markers; give csv with columns type,gene, gmt, or json {{type: [genes]}}"
         ) from error
     if len(markers) < 2:
-        raise UsageError(f"{path.name} has markers of {len(markers)} cell type; give two or more")
+        raise UsageError(f"{path.name} has markers of {len(markers)} cell type; two or more are needed")
     return markers
 
 
 def _markers_json(path: Path) -> dict[str, list[str]]:
     loaded = json.loads(path.read_text())
     if not all(isinstance(genes, list) for genes in loaded.values()):
-        raise ValueError("each type needs a list")
-    return {str(name): [str(gene) for gene in genes] for name, genes in loaded.items()}
+        raise ValueError("the genes of a type are not a list")
+    return {name: [str(gene) for gene in genes] for name, genes in loaded.items()}
 
 
 def _markers_gmt(path: Path) -> dict[str, list[str]]:
     lines = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
     if any(len(line) < 3 for line in lines):
-        raise ValueError("a line of a gmt has a name, a description and genes")
+        raise ValueError("a gmt line needs a name, a description and genes")
     return {line[0].strip(): [gene.strip() for gene in line[2:] if gene.strip()] for line in lines}
 
 
 def _markers_csv(path: Path) -> dict[str, list[str]]:
-    table = pd.read_csv(path, dtype=str).dropna(how="all")
+    table = pd.read_csv(path, dtype=str)
     heads = {name.strip().lower(): name for name in table.columns}
-    kind = (
-        next(heads[name] for name in heads if name in _MARKER_HEADS) if _MARKER_HEADS & set(heads) else None
-    )
+    kind = next((heads[name] for name in heads if name in _MARKER_HEADS), None)
     if kind is None:
         raise KeyError("type")
+    table = table.dropna(subset=[kind, heads["gene"]])
     genes = table[heads["gene"]].str.strip()
     return {str(name): list(part) for name, part in genes.groupby(table[kind].str.strip(), sort=False)}
 
 
 def from_markers(markers: dict[str, list[str]], measured: list[str]) -> Signatures:
-    """Signatures that are flat over a type's markers and 0 elsewhere, for the genes that the section has.
+    """Signatures that are flat over the markers of a type and 0 elsewhere, on the genes of the section.
 
-    With lists that share no gene, the Poisson regression on them is a count: each type gets the transcripts of its
-    own markers. A gene of several types is divided by what their other markers say.
+    If the lists share no gene, the Poisson regression gives each type the counts of its markers. Counts of a marker of
+    several types are divided between them according to their other markers.
 
     Raises
     ------
@@ -274,17 +278,15 @@ def from_markers(markers: dict[str, list[str]], measured: list[str]) -> Signatur
         If fewer than two types have a marker among the genes.
     """
     there = set(measured)
-    found = {
-        name: [gene for gene in dict.fromkeys(genes) if gene in there] for name, genes in markers.items()
-    }
+    found = {name: [gene for gene in genes if gene in there] for name, genes in markers.items()}
     notes = [f"{name} has no marker in the map and is left out" for name, genes in found.items() if not genes]
     found = {name: genes for name, genes in found.items() if genes}
     if len(found) < 2:
         listed = len({gene for genes in markers.values() for gene in genes})
         held = len({gene for genes in found.values() for gene in genes})
         raise UsageError(
-            f"{held} of the {listed} marker genes are in the map, of {len(found)} of {len(markers)} types; two types "
-            "are needed: infer more genes with stsr superres --genes"
+            f"{held} of the {listed} marker genes are in the map, of {len(found)} of {len(markers)} types; at least "
+            "two types are needed: infer more genes with stsr superres --genes"
         )
     genes = list(dict.fromkeys(gene for listed in found.values() for gene in listed))
     flat = np.array([[float(gene in listed) for listed in found.values()] for gene in genes])

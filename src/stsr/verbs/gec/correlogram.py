@@ -1,7 +1,7 @@
-"""Correlation of genes by distance, and what a correlation is worth where neighbouring places resemble each other.
+"""Correlation of genes by distance, and p-values corrected for spatial autocorrelation.
 
-Sums over all pairs of places at an offset are cross-correlations of rasters, by FFT, divided by the number of such
-pairs: gaps in the tissue need no filling. Offsets are then gathered by distance, one ring for each bin.
+Means over all pairs of places at an offset are cross-correlations of rasters, computed by FFT, divided by the number of
+such pairs, so gaps in the tissue need no filling. Offsets are then binned by distance, in rings one bin wide.
 """
 
 from __future__ import annotations
@@ -9,32 +9,33 @@ from __future__ import annotations
 import numpy as np
 from scipy import fft, stats
 
-_LEAST_OVERLAP = 0.5  # of the tissue, for a shift to count
-_LEAST_EFFECTIVE = 3.0  # places: with fewer nothing can be tested
+_LEAST_OVERLAP = 0.5  # of the tissue, for a shift to be used
+_LEAST_EFFECTIVE = 3.0  # places; with fewer no test is possible
 
 
 class Correlogram:
-    """Pairs of places by their distance.
+    """Correlation over pairs of places, by their distance.
 
     Parameters
     ----------
     number
-        (y, x) how many places lie in each bin: 1 in tissue for bins, the count of cells for cells.
+        (y, x) number of places in each bin: 1 in tissue for bins, the number of cells for cells.
     bin_um
-        Side of a bin.
+        Side of a bin, um.
 
     Attributes
     ----------
     lags_um
-        (k,) distance of each class of pairs, ascending: 0 is a place with itself.
+        (k,) distance of each class of pairs, ascending; 0 is a place with itself.
     pairs
-        (k,) ordered pairs of places in each class; they sum to the square of the number of places.
+        (k,) number of ordered pairs in each class; they add up to the square of the number of places.
     """
 
     def __init__(self, number: np.ndarray, bin_um: float):
         number = np.asarray(number, np.float64)
         self._shape = [fft.next_fast_len(2 * size - 1, real=True) for size in number.shape]
         self.places = int(number.sum())
+        self._bin_um = bin_um
         offsets = [fft.fftfreq(size, 1 / size) for size in self._shape]
         distance = np.hypot(offsets[0][:, None], offsets[1][None, :])  # bins
         self._ring = np.rint(distance).astype(np.int64)
@@ -43,11 +44,13 @@ class Correlogram:
         pairs = self._classes(self._overlap, self.places)
         self._kept = pairs > 0
         self.pairs = pairs[self._kept]
-        steps = np.append([0, 0.5], np.arange(1, len(pairs) - 1))  # others in its bin: half a bin away
+        steps = np.append(
+            [0, 0.5], np.arange(1, len(pairs) - 1)
+        )  # other places in the same bin: half a bin away
         self.lags_um = steps[self._kept] * bin_um
 
     def auto(self, rasters: np.ndarray) -> np.ndarray:
-        """Autocorrelation (g, k) of genes by distance; arguments as for `cross`."""
+        """Autocorrelation (g, k) of genes by distance; rasters (g, y, x) as for `cross`."""
         return np.stack([self._curve(spectrum, spectrum, 1.0) for spectrum in map(self._spectrum, rasters)])
 
     def cross(self, a: np.ndarray, b: np.ndarray, r: float) -> np.ndarray:
@@ -58,27 +61,36 @@ class Correlogram:
         a, b
             (y, x) sums over the places of each bin of the standardised values (mean 0, length 1 over all places).
         r
-            Their correlation place by place: the first value of the curve.
+            Their correlation over places: the first value of the curve.
         """
         return self._curve(self._spectrum(a), self._spectrum(b), r)
 
+    def moran(self, auto: np.ndarray) -> np.ndarray:
+        """Moran's I (g,) of genes from their autocorrelations (g, k): binary weights, all neighbouring bins alike.
+
+        Neighbours of a place are the others in its bin and those in the eight bins around it. NaN if none has any.
+        """
+        near = (self.lags_um > 0) & (self.lags_um <= self._bin_um)
+        pairs = self.pairs[near]
+        return auto[:, near] @ pairs / pairs.sum() if near.any() else np.full(len(auto), np.nan)
+
     def _curve(self, a: np.ndarray, b: np.ndarray, r: float) -> np.ndarray:
-        # Standardised to length 1, so sums over pairs are means times pairs / places.
+        # Values have length 1, so sums over pairs are means times pairs / places.
         return self._classes(self._correlate(a, b), r)[self._kept] * self.places / self.pairs
 
     def _classes(self, sums: np.ndarray, itself: float) -> np.ndarray:
-        """Sums over offsets (Y, X) -> over classes: a place with itself, others in its bin, rings of one bin."""
+        """Sums per offset (Y, X) -> per class: a place with itself, others in its bin, rings one bin wide."""
         rings = np.bincount(self._ring.ravel(), sums.ravel())
         return np.concatenate([[itself, rings[0] - itself], rings[1:]])
 
     def shift_test(self, a: np.ndarray, b: np.ndarray) -> float:
-        """How often two genes correlate as much when one is shifted over the other: a p-value, two-sided.
+        """Two-sided p-value: the fraction of shifts at which two genes correlate at least as strongly.
 
-        All shifts that leave half of the tissue in overlap are tried. At each, Pearson's correlation is that of the
-        overlap (Padfield 2012, IEEE Trans. Image Process. 21:2706), times the root of the overlap's bins: the random
-        shift test with variance correction (Mrkvicka et al. 2021, doi:10.1016/j.spasta.2020.100430) with every shift
-        instead of some. Shifting leaves each gene's own autocorrelation as it is. Only for rasters with at most one
-        place in a bin.
+        One gene is shifted over the other by every offset at which at least half of the tissue overlaps. The statistic
+        is Pearson's correlation in the overlap (Padfield 2012, IEEE Trans. Image Process. 21:2706) times the square
+        root of the number of overlapping bins. This is the random shift test with variance correction (Mrkvicka et al.
+        2021, doi:10.1016/j.spasta.2020.100430), with all shifts instead of random ones. Shifting preserves the
+        autocorrelation of each gene. Only for rasters with at most one place per bin.
 
         Parameters
         ----------
@@ -107,17 +119,17 @@ class Correlogram:
 
 
 def effective_places(auto_a: np.ndarray, auto_b: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """How many independent places the correlation of two autocorrelated genes is worth.
+    """Effective number of independent places for the correlation of two autocorrelated genes.
 
     ``M = 1 + 1 / var(r)``, ``var(r) = sum_k N_k C_a(k) C_b(k) / n^2`` (Clifford, Richardson and Hemon 1989,
-    Biometrics 45:123, with the autocorrelations C of the sample, as Dutilleul 1993, Biometrics 49:305).
+    Biometrics 45:123), with the sample autocorrelations C, as in Dutilleul (1993, Biometrics 49:305).
 
     Parameters
     ----------
     auto_a, auto_b
         Autocorrelations (a, k) and (b, k) by distance, of `Correlogram.auto`.
     pairs
-        N (k,), ordered pairs in each class.
+        N (k,) number of ordered pairs in each class.
 
     Returns
     -------
@@ -130,9 +142,9 @@ def effective_places(auto_a: np.ndarray, auto_b: np.ndarray, pairs: np.ndarray) 
 
 
 def modified_t_test(r: np.ndarray, effective: np.ndarray) -> np.ndarray:
-    """Two-sided p-values of correlations worth so many independent places: Student's t with M - 2 degrees of freedom.
+    """Two-sided p-values of correlations, corrected for spatial autocorrelation: Student's t, M - 2 degrees of freedom.
 
-    1 where fewer than three places are left.
+    M is the effective number of places. p is 1 where it is below three.
     """
     freedom = np.maximum(effective, _LEAST_EFFECTIVE) - 2
     left = np.maximum(1 - np.square(r, dtype=np.float64), 1e-12)

@@ -1,33 +1,40 @@
-"""A figure of which genes go together: clustered matrix, the strongest pairs, and their correlation by distance."""
+"""Figure of gene correlation: clustered matrix, strongest pairs, correlation by distance."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import pandas as pd
 
 from stsr.figures import check_path
 from stsr.verbs.gec.matrices import separate_pairs
 
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
+
 COLOURS = "RdBu_r"
 _MISSING = "0.85"
-_NAMED_GENES = 60  # more names would not be legible; then groups are named by their most typical genes
+_NAMED_GENES = 60  # more names would not be legible; groups are named instead, by their most typical genes
 _GROUPS = 9  # at most
-_CUTS = 200  # of the tree that are tried
-_LEAST_GROUP = 0.03  # of the genes, for a group's name to find room
-_TYPICAL = 3  # genes that name a group
+_CUTS = 200  # of the tree to try
+_LEAST_GROUP = 0.03  # of the genes; smaller groups have no room for a name
+_TYPICAL = 3  # genes in the name of a group
 _CURVES = 5
-_TOGETHER, _APART = 8, 4  # pairs in the bars
+_TOGETHER, _APART = 8, 4  # positive and negative pairs in the bar plot
 _TOP_QUANTILE = 0.99
 DPI = 200
 
 
-def gec_figure(table, path: str | Path, title: str) -> Path:
+def gec_figure(table: AnnData, path: str | Path, title: str) -> Path:
     """Draw a table of `stsr.gec`.
 
-    To the left the clustered heatmap with its dendrogram: the map's correlations, and below the diagonal the measured
-    ones if the table has them. To the right correlation by distance of the strongest pairs or those asked for, and the
-    strongest pairs or, with a truth, every pair's correlation against the measured one.
+    Left: clustered heatmap with dendrogram, with the measured correlations below the diagonal if the table has them.
+    Top right: correlation by distance of pairs asked for and of the strongest pairs. Bottom right: the strongest pairs
+    or, with a truth, the correlation of every pair against the measured one.
 
     Parameters
     ----------
@@ -36,7 +43,7 @@ def gec_figure(table, path: str | Path, title: str) -> Path:
     path
         The figure; its suffix gives the format.
     title
-        Above everything.
+        Title of the figure.
 
     Returns
     -------
@@ -55,23 +62,25 @@ def gec_figure(table, path: str | Path, title: str) -> Path:
     path = check_path(path)
     with rc_context({"font.size": 9, "svg.fonttype": "none", "pdf.fonttype": 42}):
         figure = Figure(figsize=(13.5, 8.2), layout="constrained")
-        FigureCanvasAgg(figure)  # no global state: figures may be drawn in any thread
-        left, right = figure.subfigures(1, 2, width_ratios=(2.05, 1), wspace=0.03)
+        FigureCanvasAgg(figure)  # no pyplot state: works in any thread
+        halves = figure.subfigures(1, 2, width_ratios=(2.05, 1), wspace=0.03)
+        left, right = cast("np.ndarray", halves)
         _draw_matrix(left, table)
         upper, lower = right.subplots(2, 1)
         _draw_curves(upper, table.uns["lags"])
-        if _truth(table) is None:
+        truth = _truth(table)
+        if truth is None:
             _draw_bars(lower, table)
         else:
-            _draw_agreement(lower, table)
+            _draw_agreement(lower, table, *truth)
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI, bbox_inches="tight", facecolor="white")
     return path
 
 
-def _truth(table) -> tuple[np.ndarray, str] | None:
-    """The measured matrix to show, the corrected one if there is one, and what it is called."""
+def _truth(table: AnnData) -> tuple[np.ndarray, str] | None:
+    """The measured matrix and its name in labels; the noise-corrected one if there is one."""
     for layer, words in (("truth_denoised", "measured, noise-corrected"), ("truth", "measured")):
         if layer in table.layers:
             return np.asarray(table.layers[layer], float), words
@@ -81,7 +90,7 @@ def _truth(table) -> tuple[np.ndarray, str] | None:
 # ------------------------------------------------------------------------------------------------------- matrix
 
 
-def _draw_matrix(figure, table) -> None:
+def _draw_matrix(figure: SubFigure, table: AnnData) -> None:
     from scipy.cluster.hierarchy import leaves_list
 
     tree, matrix = np.asarray(table.uns["linkage"], float), np.asarray(table.X, float)
@@ -90,7 +99,7 @@ def _draw_matrix(figure, table) -> None:
     if truth is not None:
         below = np.tril_indices(len(shown), -1)
         shown[below] = truth[0][np.ix_(order, order)][below]
-    np.fill_diagonal(shown, np.nan)  # always 1: nothing to see
+    np.fill_diagonal(shown, np.nan)  # always 1
     top, axis = figure.subplots(2, 1, height_ratios=(0.07, 1))
     _draw_tree(top, tree)
     axis.set_facecolor(_MISSING)
@@ -107,21 +116,21 @@ def _draw_matrix(figure, table) -> None:
     bar.outline.set_visible(False)
     words = "Pearson correlation of genes"
     bar.set_label(
-        words if truth is None else f"{words}: above the diagonal the map, below it {truth[1]}{_noisy(shown)}"
+        words if truth is None else f"{words}: map above the diagonal, {truth[1]} below{_noisy(shown)}"
     )
 
 
 def _noisy(shown: np.ndarray) -> str:
-    return " (grey: cannot be told)" if np.isnan(shown[~np.eye(len(shown), dtype=bool)]).any() else ""
+    return " (grey: not available)" if np.isnan(shown[~np.eye(len(shown), dtype=bool)]).any() else ""
 
 
 def _limit(shown: np.ndarray) -> float:
-    """End of the colour scale, the same for both signs: what 99 % of the pairs are below, rounded up to a tenth."""
+    """Limit of the symmetric colour scale: the 99 % quantile of absolute values, rounded up to a tenth."""
     quantile = np.nanquantile(np.abs(shown), _TOP_QUANTILE)
     return float(np.clip(np.ceil(quantile * 10) / 10, 0.1, 1))
 
 
-def _draw_tree(axis, tree: np.ndarray) -> None:
+def _draw_tree(axis: Axes, tree: np.ndarray) -> None:
     from scipy.cluster.hierarchy import dendrogram
 
     drawn = dendrogram(tree, no_plot=True)
@@ -131,8 +140,10 @@ def _draw_tree(axis, tree: np.ndarray) -> None:
     axis.set_axis_off()
 
 
-def _name_genes(axis, genes: np.ndarray, tree: np.ndarray, matrix: np.ndarray, order: np.ndarray) -> None:
-    """Every gene where there is room for all, else groups by their most typical genes."""
+def _name_genes(
+    axis: Axes, genes: np.ndarray, tree: np.ndarray, matrix: np.ndarray, order: np.ndarray
+) -> None:
+    """Label every gene if there is room, else groups by their most typical genes."""
     if len(genes) <= _NAMED_GENES:
         size = float(np.clip(420 / len(genes), 6, 11))
         axis.set_xticks(range(len(genes)), genes, rotation=90, fontsize=size, fontstyle="italic")
@@ -152,12 +163,12 @@ def _name_genes(axis, genes: np.ndarray, tree: np.ndarray, matrix: np.ndarray, o
             labels.append(", ".join(genes[start:stop][typical]) + f" ({len(members)})")
     axis.set_yticks(centres, labels, fontsize=8.5)
     axis.set_xticks([])
-    axis.set_ylabel("groups by their most typical genes (number of genes)")
+    axis.set_ylabel("groups, by their most typical genes (number of genes)")
     axis.tick_params(length=0, pad=7)
 
 
 def _groups(tree: np.ndarray) -> np.ndarray:
-    """Group of each gene: the cut of the tree with the most groups that are large enough to be named."""
+    """Group of each gene, from the cut of the tree with the most groups that are large enough for a name."""
     from scipy.cluster.hierarchy import fcluster
 
     cuts = [fcluster(tree, count, "maxclust") for count in range(2, min(len(tree), _CUTS) + 1)]
@@ -168,8 +179,8 @@ def _groups(tree: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------- pairs
 
 
-def _draw_curves(axis, lags) -> None:
-    """Correlation by distance, labelled where the curves end."""
+def _draw_curves(axis: Axes, lags: pd.DataFrame) -> None:
+    """Draw correlation by distance."""
     from matplotlib import colormaps
 
     curves = list(lags.groupby(["gene_a", "gene_b"], sort=False))[:_CURVES]
@@ -183,8 +194,8 @@ def _draw_curves(axis, lags) -> None:
     _open(axis)
 
 
-def _draw_bars(axis, table) -> None:
-    """Pairs that go together most and least, each gene once; those that autocorrelation could explain are pale."""
+def _draw_bars(axis: Axes, table: AnnData) -> None:
+    """Draw the most positive and negative pairs, each gene once; pairs that are not significant are pale."""
     matrix, q = np.asarray(table.X), np.asarray(table.layers["q"])
     shown = [*separate_pairs(matrix, _TOGETHER), *separate_pairs(-matrix, _APART)[::-1]][::-1]
     genes = table.obs_names
@@ -193,15 +204,14 @@ def _draw_bars(axis, table) -> None:
     names = [f"{genes[i]} – {genes[j]}" for i, j in shown]
     axis.set_yticks(range(len(shown)), names, fontsize=8.5, fontstyle="italic")
     axis.set_xlabel("Pearson correlation (dark: false discovery rate < 5 %)")
-    axis.set_title("most and least together, each gene once", loc="left", fontsize=10)
+    axis.set_title("most positive and negative pairs, each gene once", loc="left", fontsize=10)
     axis.axvline(0, color="0.6", lw=0.8)
     axis.tick_params(axis="y", length=0)
     _open(axis)
 
 
-def _draw_agreement(axis, table) -> None:
-    """Every pair: the map's correlation against the measured one."""
-    truth, words = _truth(table)
+def _draw_agreement(axis: Axes, table: AnnData, truth: np.ndarray, words: str) -> None:
+    """Draw the map's correlation of every pair against the measured one."""
     above = np.triu_indices(len(truth), 1)
     measured, inferred = truth[above], np.asarray(table.X, float)[above]
     known = np.isfinite(measured)
@@ -210,11 +220,11 @@ def _draw_agreement(axis, table) -> None:
     axis.hexbin(
         measured[known], inferred[known], gridsize=55, bins="log", cmap="Greys", mincnt=1, linewidths=0
     )
-    axis.set(xlabel=f"{words} correlation", ylabel="the map's correlation", aspect="equal")
+    axis.set(xlabel=f"{words} correlation", ylabel="correlation in the map", aspect="equal")
     axis.set_title(f"{known.sum():,} pairs of genes", loc="left", fontsize=10)
     _open(axis)
 
 
-def _open(axis) -> None:
+def _open(axis: Axes) -> None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)

@@ -1,7 +1,7 @@
-"""Which genes go together: correlation matrices of many genes over many places, a block of genes at a time.
+"""Correlation matrices of many genes over many places, computed in blocks of genes.
 
-Genes x places is never whole in memory. What gives the values is a function of a slice of genes, so that it may read
-them from disk: `Read`.
+The matrix genes x places need not fit in memory: values come from a function of a slice of genes, `Read`, which may
+read them from disk.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ import numpy as np
 from scipy import stats
 
 MEMORY_BYTES = 4 * 2**30
-"""What the block of genes may take that stays while the others pass by; with what passes by, peaks are below 8 GB."""
+"""Memory for the resident block of genes. With the passing block and values kept by gec, the peak is below 8 GB."""
 _PASSING_BYTES = 2**28
-_READ_GENES = 16  # together: a chunk of a map on disk
-_LEAST_RELIABILITY = 0.1  # part of a gene's variance that is not counting noise, to be corrected for it
-_ORDERED_GENES = 1000  # more leaves are not put in their best order: that takes time with their square
+_READ_GENES = 16  # at once: the genes of one chunk of a map on disk
+_LEAST_RELIABILITY = (
+    0.1  # fraction of variance that is not counting noise; below it no correction is possible
+)
+_ORDERED_GENES = 1000  # optimal leaf ordering takes quadratic time: skipped above
 
 Read = Callable[[slice], np.ndarray]
-"""Values (genes of the slice, places), of any type."""
+"""Values (genes of the slice, places), of any dtype."""
+Prepare = Callable[[np.ndarray], np.ndarray]
+"""Standardised values or ranks (genes, places) of values."""
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
@@ -38,17 +42,23 @@ def moments(read: Read, genes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pearson_matrix(read: Read, genes: int, places: int, progress: Progress | None = None) -> np.ndarray:
-    """Pearson correlation (genes, genes) float32 of all pairs over the places; 0 for a gene that does not vary."""
+    """Pearson correlation (genes, genes) float32 of all pairs; 0 for genes that do not vary."""
     return _products(read, genes, places, standardised, progress)
 
 
 def spearman_matrix(read: Read, genes: int, places: int, progress: Progress | None = None) -> np.ndarray:
-    """Rank correlation (genes, genes) float32; ties share their mean rank. Parameters are those of `pearson_matrix`."""
+    """Spearman correlation (genes, genes) float32; ties share their mean rank."""
     return _products(read, genes, places, lambda values: standardised(midranks(values)), progress)
 
 
-def _products(read: Read, genes: int, places: int, prepare, progress: Progress | None) -> np.ndarray:
-    """Scalar products of all pairs of prepared genes, as many resident at once as `MEMORY_BYTES` holds."""
+def _products(
+    read: Read,
+    genes: int,
+    places: int,
+    prepare: Callable[[np.ndarray], np.ndarray],
+    progress: Progress | None,
+) -> np.ndarray:
+    """Scalar products of all pairs of prepared genes, with as many genes resident as fit in `MEMORY_BYTES`."""
 
     def block(part: slice) -> np.ndarray:
         values = np.empty((part.stop - part.start, places), np.float32)
@@ -83,7 +93,7 @@ def standardised(values: np.ndarray) -> np.ndarray:
 
 
 def midranks(values: np.ndarray) -> np.ndarray:
-    """Ranks (g, n) from 1 within each row, ties sharing their mean rank: `scipy.stats.rankdata`, twice as fast."""
+    """Ranks (g, n) within each row, from 1; ties share their mean rank. `scipy.stats.rankdata`, but twice as fast."""
     ranks = np.empty(values.shape, np.float64)
     for row, into in zip(values, ranks, strict=True):
         order = row.argsort()
@@ -95,7 +105,7 @@ def midranks(values: np.ndarray) -> np.ndarray:
 
 
 def _fitting(memory_bytes: int, places: int) -> int:
-    """Genes of so many float32 places that fit, a multiple of those that are read together."""
+    """Number of genes, a multiple of those read at once, whose float32 values fit in memory."""
     return max(memory_bytes // (4 * places) // _READ_GENES, 1) * _READ_GENES
 
 
@@ -107,11 +117,11 @@ def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
 
 
 def without_counting_noise(pearson: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Correlation of what the counts are expected to be, from that of the counts.
+    """Correlation of expected counts, from that of measured counts.
 
-    Counts that are Poisson around an intensity have its variance plus their mean, and, as the noise of two genes is
-    independent, its covariance. So the correlation of two genes' intensities is that of their counts divided by
-    ``sqrt(q_i q_j)`` with the reliability ``q = 1 - mean / variance`` (Spearman's correction for attenuation, 1904).
+    Poisson noise adds the mean to the variance of a gene and, being independent between genes, nothing to the
+    covariance. So the correlation of two genes' intensities is that of their counts divided by ``sqrt(q_i q_j)``, with
+    the reliability ``q = 1 - mean / variance`` (Spearman's correction for attenuation, 1904).
 
     Parameters
     ----------
@@ -123,8 +133,7 @@ def without_counting_noise(pearson: np.ndarray, mean: np.ndarray, variance: np.n
     Returns
     -------
     corrected
-        (genes, genes) float32 within -1..1; nan for genes with a reliability under 0.1, of which noise leaves too
-        little to be corrected.
+        (genes, genes) float32, -1 to 1; NaN for genes with a reliability below 0.1, which are mostly noise.
     """
     reliability = 1 - np.divide(mean, variance, out=np.ones(len(mean)), where=variance > 0)
     kept = np.where(reliability >= _LEAST_RELIABILITY, reliability, np.nan)
@@ -134,14 +143,13 @@ def without_counting_noise(pearson: np.ndarray, mean: np.ndarray, variance: np.n
 
 
 def matrix_distance(matrix: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """How far two correlation matrices are apart, off the diagonal; pairs that are nan in either are left out.
+    """Distance of two correlation matrices off the diagonal, without pairs that are NaN in either.
 
     Returns
     -------
     distance
-        ``rmse`` and ``frobenius`` (norm of the difference, both triangles) say how far, ``bias`` (mean difference) says
-        whether correlations are inflated, ``pattern`` (correlation of the upper triangles) whether the same pairs stand
-        out; and ``pairs``, how many were compared.
+        ``rmse``; ``frobenius``: norm of the difference, both triangles; ``bias``: mean difference, positive if
+        correlations are inflated; ``pattern``: correlation of the upper triangles; ``pairs``: number of pairs compared.
     """
     above = np.triu_indices(len(truth), 1)
     a, b = matrix[above].astype(np.float64), truth[above].astype(np.float64)
@@ -164,7 +172,7 @@ def matrix_distance(matrix: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def strongest_pairs(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (i, j), i < j, of the pairs of largest absolute correlation, strongest first."""
+    """Indices (i, j), i < j, of the pairs with the largest absolute correlation, strongest first."""
     i, j = np.triu_indices(len(matrix), 1)
     strength = np.abs(matrix[i, j])
     count = min(count, len(strength))
@@ -174,12 +182,12 @@ def strongest_pairs(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndar
 
 
 def separate_pairs(matrix: np.ndarray, count: int) -> list[tuple[int, int]]:
-    """The pairs (i, j) of largest value, largest first, of which no two share a gene: what `strongest_pairs` repeats.
+    """The pairs (i, j) with the largest values above 0, largest first, no two of which share a gene.
 
-    Of many genes that all go together one pair is taken, then others come to the fore. Only values above 0.
+    So a large group of correlated genes does not fill the list.
     """
     left = np.triu(matrix, 1)
-    pairs = []
+    pairs: list[tuple[int, int]] = []
     while len(pairs) < min(count, len(left) // 2):
         i, j = np.unravel_index(left.argmax(), left.shape)
         if left[i, j] <= 0:
@@ -199,7 +207,7 @@ def adjusted(p: np.ndarray) -> np.ndarray:
 
 
 def cluster_tree(matrix: np.ndarray) -> np.ndarray:
-    """Average linkage of genes by the distance ``1 - r``, scipy's format, leaves ordered where that is quick."""
+    """Average linkage of genes by the distance ``1 - r``, in scipy's format; leaves in optimal order for few genes."""
     from scipy.cluster.hierarchy import linkage
 
     above = np.triu_indices(len(matrix), 1)

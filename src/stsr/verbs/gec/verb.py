@@ -1,4 +1,4 @@
-"""gec(): which genes go together in a section, written into its store as a table of genes by genes."""
+"""gec(): correlate the genes of a section over its bins or cells."""
 
 from __future__ import annotations
 
@@ -6,24 +6,40 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from stsr.errors import UsageError
 from stsr.genes import genes_of
 from stsr.geometry.grid import LR_UM
 from stsr.progress import Progress, Report, silent
 from stsr.store import catalogue, elements, names
-from stsr.store.gec_places import BinPlaces, CellPlaces, bins_of, cells_of, newest_cells, spots_of
+from stsr.store.places import (
+    LEAST_PLACES,
+    BinPlaces,
+    CellPlaces,
+    Region,
+    SpotPlaces,
+    bins_of,
+    cells_in,
+    newest_cells,
+    spots_of,
+)
 from stsr.store.publishing import publish
 from stsr.store.section import Section, open_section
-from stsr.verbs.gec.table import compare, correlate, known_pair, shared_genes, varying
+from stsr.verbs.gec.agreement import compare, shared_genes
+from stsr.verbs.gec.job import TOP, GecJob
+from stsr.verbs.gec.table import correlate, known_pair, varying
+from stsr.verbs.gec.values import Values, values_of
 from stsr.version import __version__
 
-PLACES = ("bin", "cell")
-"""What genes are correlated over."""
+if TYPE_CHECKING:
+    from anndata import AnnData
+
 LEVEL = 0.05
-"""False discovery rate at which a pair counts as correlated in the summary."""
+"""False discovery rate below which a pair counts as correlated in the summary."""
 _BASELINES = ("bilinear", "bicubic")
 
 
@@ -40,19 +56,19 @@ class Gec:
     source
         The map or table of cells that was read.
     places, bin_um
-        Number of bins or cells, and the size of the bins (None for cells).
+        Number of bins or cells, and bin size in um (None for cells).
     genes
         Number of genes.
     correlated
-        Number of pairs at a false discovery rate of 5 %, and of all pairs.
+        Number of pairs below a false discovery rate of 5 %, and number of all pairs.
     pairs
-        The strongest pairs, a record each.
+        The strongest pairs, one record each.
     truth, agreement
-        What was compared with, if anything, and how far each map's matrix is from the measured one, a record each.
+        The measured element, if any, and the distance of each map's matrix from its matrix, one record each.
     seconds
-        Time it took.
+        Run time.
     notes
-        What the user should know.
+        Remarks for the user, such as genes that were left out.
     """
 
     store: Path
@@ -76,45 +92,45 @@ def gec(
     per: str = "bin",
     genes: Sequence[str] | None = None,
     bin_um: float | None = None,
-    region: tuple[float, float, float, float] | None = None,
+    region: Region | None = None,
     truth: str | None = None,
     beside: Sequence[str] | None = None,
     denoise_truth: bool = False,
     lags: Sequence[tuple[str, str]] = (),
-    top: int = 100,
+    top: int = TOP,
     name: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     report: Report | None = None,
 ) -> Gec:
-    """Correlate genes over the tissue's bins, or over cells, and write the matrices into the section.
+    """Correlate genes over the bins in tissue, or over cells, and write the matrices into the store.
 
     Parameters
     ----------
     store
         Any section with a map of genes or a table of cells.
     source
-        What to read (``--from``): a map, measured or super-resolved, or with ``per="cell"`` a table of cells. By
+        Element to read (``--from``): a measured or super-resolved map, or with ``per="cell"`` a table of cells. By
         default the newest super-resolved map, or the newest ``cells_x*``, else ``cells_table``.
     per
         ``bin`` or ``cell``.
     genes
-        Names; all that the source has by default. Genes that do not vary are left out and noted.
+        Names; all genes of the source by default. Genes that do not vary are left out, with a note.
     bin_um
-        Bins to add the map's up to first; a multiple of its own.
+        Bin size to sum the map's bins to first; a multiple of its own.
     region
-        (x0, y0, x1, y1), um: places whose centres lie in it.
+        (x0, y0, x1, y1), um: only bins or cells whose centres lie in it.
     truth
-        A measured element of the same kind, such as ``hr_10um``: how far the matrices are from its is computed, beside
-        those of ``beside`` and of the spots.
+        A measured element of the same kind, such as ``hr_10um``. The distance of the matrices from its matrices is
+        computed, and also that of ``beside`` and of the spots.
     beside
-        Other elements to compare with the truth; by default the interpolated maps in the store.
+        Other elements to compare with the truth; the interpolated maps in the store by default.
     denoise_truth
-        Also compare with the truth's matrix corrected for counting noise.
+        Also compare with the truth corrected for counting noise.
     lags
-        Pairs of genes whose correlation by distance is wanted besides that of the strongest.
+        Pairs of genes to compute the correlation by distance for, besides the strongest pairs.
     top
-        How many of the strongest pairs are listed.
+        Number of strongest pairs to list.
     name
         Name of the table; ``gec_x{100 / bin}`` or ``gec_cells`` by default.
     overwrite
@@ -122,7 +138,7 @@ def gec(
     progress
         Called with (done, total, label).
     report
-        Called with lines for the user.
+        Called with messages for the user.
 
     Returns
     -------
@@ -132,27 +148,45 @@ def gec(
     Raises
     ------
     UsageError
-        For what this section cannot give: an unknown gene or element, bins that do not nest, a result that exists.
+        For an unknown gene or element, bins that do not nest, or a result that already exists.
     StsrError
-        For a section without a map, or where nothing varies; if the store cannot be written to.
+        For a section without a map, genes that do not vary, or a store that cannot be written to.
     """
     began = time.monotonic()
-    section = open_section(store)
-    _check_wishes(per, bin_um, top, truth, beside, denoise_truth)
-    places = _places(section, source, per, bin_um, region)
-    element = _free_name(section, name, places, overwrite)
-    others = _others(section, places, truth, beside)
-    genes, moments, notes = _varying(places, _chosen(places, genes))
-    lags = [known_pair(genes, pair) for pair in lags]
-    shared = shared_genes(genes, others, denoise_truth) if others else None
-    table = correlate(places, genes, top, lags, progress or silent)
+    job = GecJob(
+        source=source,
+        per=per,
+        genes=genes,
+        bin_um=bin_um,
+        region=region,
+        truth=truth,
+        beside=beside,
+        denoise_truth=denoise_truth,
+        lags=lags,
+        top=top,
+        name=name,
+        overwrite=overwrite,
+    )
+    return _run(open_section(store), job, progress or silent, report or silent, began)
+
+
+def _run(section: Section, job: GecJob, progress: Progress, report: Report, began: float) -> Gec:
+    places = _places(section, job)
+    element = _free_name(section, job, places)
+    others = _others(section, job, places)
+    asked = _chosen(places, job.genes)
+    values, *layers = values_of([places, *others], asked)
+    genes, moments, notes = _varying(values, asked)
+    lags = [known_pair(genes, pair) for pair in job.lags]
+    shared = shared_genes(genes, layers, job.denoise_truth) if layers else None
+    table = correlate(values, places, genes=genes, top=job.top, lags=lags, progress=progress)
     table.obs[["mean", "variance"]] = moments
     if shared is not None:
-        compare(table, others, shared, places.name, denoise_truth)
+        compare(table, layers, shared, own=places.name, denoise=job.denoise_truth)
     for note in notes:
-        (report or silent)(note)
-    provenance = _provenance(section, places, table, region, truth)
-    publish(section.path, {element: elements.free_table(table)}, {element: provenance}, overwrite)
+        report(note)
+    provenance = _provenance(section, job, places, table)
+    publish(section.path, {element: _element(section, places, table)}, {element: provenance}, job.overwrite)
     above = table.layers["q"][np.triu_indices(table.n_obs, 1)]
     return Gec(
         store=section.path,
@@ -163,65 +197,63 @@ def gec(
         genes=table.n_obs,
         correlated=(int((above < LEVEL).sum()), len(above)),
         pairs=table.uns["pairs"].to_dict("records"),
-        truth=truth,
-        agreement=table.uns["agreement"].to_dict("records") if truth is not None else [],
+        truth=job.truth,
+        agreement=table.uns["agreement"].to_dict("records") if job.truth is not None else [],
         seconds=time.monotonic() - began,
         notes=notes,
     )
 
 
-# ------------------------------------------------------------------------------------------------------- wishes
+def _places(section: Section, job: GecJob) -> BinPlaces | CellPlaces:
+    if job.per == "cell":
+        return cells_in(section, job.source or newest_cells(section), job.region)
+    source = job.source or section.catalogue.newest_superres()
+    places = bins_of(section, source, job.bin_um, job.region)
+    if places.count < LEAST_PLACES:
+        raise UsageError(
+            f"only {places.count} whole bins of {places.grid.bin_um:g} um of {source} lie in tissue; "
+            "give a larger --region or a smaller --bin-um"
+        )
+    return places
 
 
-def _check_wishes(per, bin_um, top, truth, beside, denoise_truth) -> None:
-    if per not in PLACES:
-        raise UsageError(f"--per {per} is unknown; choose one of {', '.join(PLACES)}")
-    if per == "cell" and bin_um is not None:
-        raise UsageError("--bin-um is for bins; leave it out with --per cell")
-    if top < 1:
-        raise UsageError(f"--top must be at least 1, not {top}")
-    if truth is None and (denoise_truth or beside):
-        option = "--denoise-truth" if denoise_truth else "--beside"
-        raise UsageError(f"{option} is about a comparison; name what was measured with --truth hr_10um")
-
-
-def _places(section: Section, source, per: str, bin_um, region) -> BinPlaces | CellPlaces:
-    if per == "cell":
-        return cells_of(section, source or newest_cells(section), region)
-    return bins_of(section, source or section.catalogue.newest_superres(), bin_um, region)
-
-
-def _bin_um(places) -> float | None:
+def _bin_um(places: BinPlaces | CellPlaces) -> float | None:
     return places.grid.bin_um if isinstance(places, BinPlaces) else None
 
 
-def _free_name(section: Section, name: str | None, places, overwrite: bool) -> str:
+def _free_name(section: Section, job: GecJob, places: BinPlaces | CellPlaces) -> str:
     """The result's name, if it can be written."""
     bin_um = _bin_um(places)
-    element = names.check_name(name or ("gec_cells" if bin_um is None else names.gec_name(LR_UM / bin_um)))
-    catalogue.check_free(section.path, [element], overwrite)
+    usual = "gec_cells" if bin_um is None else names.gec_name(LR_UM / bin_um)
+    element = names.check_name(job.name or usual)
+    catalogue.check_free(section.path, [element], job.overwrite)
     return element
 
 
-def _others(section: Section, places, truth: str | None, beside) -> list:
-    """Truth first, then what stands beside at the same places, then the spots there."""
-    if truth is None:
+def _others(
+    section: Section, job: GecJob, places: BinPlaces | CellPlaces
+) -> list[BinPlaces | CellPlaces | SpotPlaces]:
+    """What to compare with at the same places: the truth first, then other maps or cells, then the spots there."""
+    if job.truth is None:
         return []
+    beside = job.beside
     if beside is None:
         beside = _interpolated(section, places) if isinstance(places, BinPlaces) else []
-    wanted = [truth, *dict.fromkeys(beside)]
+    wanted = [job.truth, *dict.fromkeys(beside)]
     if places.name in wanted:
         raise UsageError(f"{places.name} cannot be compared with itself; name another --truth or --from")
-    if isinstance(places, BinPlaces):
-        found = [BinPlaces(other, section.map(other), places.grid, places.number) for other in wanted]
-    else:
-        found = [cells_of(section, other, None).like(places) for other in wanted]
+    found: list[BinPlaces | CellPlaces | SpotPlaces] = []
+    for other in wanted:
+        if isinstance(places, BinPlaces):
+            found.append(BinPlaces(other, section.map(other), places.grid, places.number))
+        else:
+            found.append(cells_in(section, other).like(places))
     spots = spots_of(section, places)
     return found if spots is None else [*found, spots]
 
 
 def _interpolated(section: Section, places: BinPlaces) -> list[str]:
-    """Maps by interpolation that can stand beside: they nest in the bins and cover them."""
+    """Interpolated maps whose bins nest in those of the places and cover them."""
     found = []
     for name in section.catalogue.superres_elements:
         if section.provenance.get(name, {}).get("method") in _BASELINES and name != places.name:
@@ -233,25 +265,41 @@ def _interpolated(section: Section, places: BinPlaces) -> list[str]:
     return found
 
 
-def _chosen(places, genes: Sequence[str] | None) -> list[str]:
+def _chosen(places: BinPlaces | CellPlaces, genes: Sequence[str] | None) -> list[str]:
     """The genes asked for, in the source's order, which is quickest to read."""
     wanted = set(genes_of(genes, places.genes, places.name))
     return [gene for gene in places.genes if gene in wanted]
 
 
-def _varying(places, genes: list[str]):
-    """Genes that vary, their moments, and notes about the others."""
-    kept, moments = varying(places, genes)
+def _varying(values: Values, genes: list[str]) -> tuple[list[str], pd.DataFrame, list[str]]:
+    """Genes that vary, their moments, and a note about the others."""
+    kept, moments = varying(values, genes)
     left = [gene for gene in genes if gene not in moments.index]
+    if not left:
+        return kept, moments, []
     few = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
-    return (
-        kept,
-        moments,
-        [f"{len(left)} of {len(genes)} genes do not vary here: left out {few}"] if left else [],
+    return kept, moments, [f"{len(left)} of {len(genes)} genes do not vary here and are left out: {few}"]
+
+
+def _element(section: Section, places: BinPlaces | CellPlaces, table: AnnData) -> AnnData:
+    """The table as an element.
+
+    Its rows are genes and annotate no instance, but spatial queries of spatialdata 0.7 raise KeyError on a table that
+    names no region. So it names the image whose channels the genes are, or for cells any image: queries drop the table
+    then, and no plot colours images by tables. Shapes would do harm: plots by gene name would find two tables.
+    """
+    kinds = section.elements
+    images = sorted(
+        (name for name, kind in kinds.items() if kind == "images"), key=lambda name: name != names.HE
     )
+    labels = [name for name, kind in kinds.items() if kind == "labels"]
+    region = places.name if isinstance(places, BinPlaces) else next(iter([*images, *labels]), None)
+    if region is None:
+        return elements.free_table(table)
+    return elements.annotating(table, region, table.obs_names.to_numpy(dtype=str))
 
 
-def _provenance(section: Section, places, table, region, truth: str | None) -> dict:
+def _provenance(section: Section, job: GecJob, places: BinPlaces | CellPlaces, table: AnnData) -> dict:
     made = section.provenance.get(places.name, {})
     measured = names.is_measured_name(places.name)
     return {
@@ -260,14 +308,14 @@ def _provenance(section: Section, places, table, region, truth: str | None) -> d
         "stsr": __version__,
         "source": places.name,
         "source_written": made.get("written"),
-        # A map's samples are not kept: correlations are of its mean, which is smoother than any of them.
+        # Samples of a map are not kept: correlations are those of its mean, which is smoother than any of them.
         "values": "measured counts" if measured else "mean map: expected counts, not samples",
-        "per": "bin" if isinstance(places, BinPlaces) else "cell",
+        "per": job.per,
         "bin_um": _bin_um(places),
         "places": places.count,
         "genes": table.n_obs,
-        "region_um": region,
-        "truth": truth,
+        "region_um": job.region,
+        "truth": job.truth,
         "units": "correlation, -1 to 1",
         "test": "modified t-test (Clifford, Richardson and Hemon 1989), Benjamini-Hochberg over all pairs",
     }
