@@ -135,14 +135,3 @@ def cut(raster: np.ndarray, row: int, column: int, height: int, width: int) -> n
             ..., top:bottom, left:right
         ]
     return out
-
-
-def collate(batches: list[Batch]) -> Batch:
-    """Tiles of the same genes as one batch."""
-
-    def joined(name):
-        parts = [getattr(batch, name) for batch in batches]
-        return None if parts[0] is None else torch.cat(parts)
-
-    names = ("image", "lr", "lr_mask", "has_lr", "lr_mean", "hr")
-    return replace(batches[0], **{name: joined(name) for name in names})

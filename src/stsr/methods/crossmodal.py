@@ -47,7 +47,9 @@ def entropy(patch: torch.Tensor, levels: int = _GREY_LEVELS) -> torch.Tensor:
         (...) in [0, 1]: 0 for a plain patch, 1 where every level is as frequent as any other.
     """
     weights = torch.tensor(_LUMA, dtype=torch.float32, device=patch.device)
-    grey = torch.einsum("...cyx,c->...yx", patch.float(), weights).flatten(-2)  # (..., i i)
+    # Autocast would give bfloat16, whose steps above 128 are a whole grey value, and scatter needs one type.
+    with torch.autocast(patch.device.type, enabled=False):
+        grey = torch.einsum("...cyx,c->...yx", patch.float(), weights).flatten(-2)  # (..., i i)
     level = (grey * (levels / 256)).long().clamp(0, levels - 1)
     counts = torch.zeros(*level.shape[:-1], levels, device=patch.device)
     counts.scatter_add_(-1, level, torch.ones_like(grey))
