@@ -1,8 +1,6 @@
-"""Where tensors live and how many threads work on them."""
+"""Choose the device that tensors live on."""
 
 from __future__ import annotations
-
-import os
 
 import torch
 
@@ -40,25 +38,3 @@ def resolve_device(name: str = "auto") -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("mps was asked for but there is no Apple GPU here; use --device auto")
     return device
-
-
-def set_threads(threads: int | None = None) -> int:
-    """Set how many CPU threads torch uses: as asked, else what Slurm gave, else as torch has it.
-
-    Returns
-    -------
-    int
-        The number in use.
-
-    Raises
-    ------
-    UsageError
-        If fewer than one is asked for.
-    """
-    if threads is None and os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
-        threads = int(os.environ["SLURM_CPUS_PER_TASK"])
-    if threads is not None:
-        if threads < 1:
-            raise UsageError(f"{threads} threads can do nothing; give --threads 1 or more")
-        torch.set_num_threads(threads)
-    return torch.get_num_threads()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
@@ -44,10 +44,6 @@ class Noise:
     def __post_init__(self):
         if self.sign not in (1, -1):
             raise ValueError(f"the sign of noise is 1 or -1, not {self.sign}")
-
-    def antithetic(self) -> Noise:
-        """The same noise with its sign turned."""
-        return replace(self, sign=-self.sign)
 
     def window(
         self, keys: Sequence[str], y0: int, x0: int, height: int, width: int, step: int = 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stsr import checkpoint
-from stsr.device import resolve_device, set_threads
+from stsr.device import resolve_device
 from stsr.errors import StsrError, UsageError
 from stsr.methods import method_class
 from stsr.signals import Interrupted, interruptible
@@ -329,18 +329,9 @@ def test_signals_are_noted_and_handlers_put_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_devices_and_threads(monkeypatch):
+def test_devices():
     assert resolve_device("cpu").type == "cpu"
     assert resolve_device().type in ("cpu", "cuda", "mps")
-    now = torch.get_num_threads()
-    try:
-        monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
-        assert set_threads() == 2
-        assert set_threads(1) == 1
-        with pytest.raises(UsageError, match="--threads"):
-            set_threads(0)
-    finally:
-        torch.set_num_threads(now)
 
 
 def test_a_model_can_be_the_start_of_another(whole, section, tmp_path):
