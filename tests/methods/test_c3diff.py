@@ -310,7 +310,7 @@ def test_the_default_is_small():
         ({"image_um": 3.0}, "whole number of image_um"),
         ({"image_um": 0.0}, "whole number of image_um"),
         ({"overlap_lr": 8}, "cannot overlap"),
-        ({"imputation": "median"}, "imputation is one of"),
+        ({"imputation": "median"}, "imputation must be one of"),
         ({"sigma_min": 30.0}, "sigma_min < sigma_max"),
         ({"genes_per_tile": 0}, "must be positive"),
         ({"lr_dropout": 1.0}, "probability"),

@@ -294,18 +294,18 @@ def test_image_pixels_finer_than_bins_and_larger_patches(tiles, at):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"schedule": "cosine"}, "schedule is one of edm, ddpm"),
+        ({"schedule": "cosine"}, "schedule must be one of edm, ddpm"),
         ({"region": 2}, "region must be odd"),
         ({"patch_lr": 3}, "whole number of patch_lr"),
-        ({"graph_weight": 1.5}, "graph_weight lies between 0 and 1"),
-        ({"entropy_threshold": -1.0}, "entropy_threshold lies between"),
+        ({"graph_weight": 1.5}, "graph_weight must lie between 0 and 1"),
+        ({"entropy_threshold": -1.0}, "entropy_threshold must lie between"),
         ({"mean_share": 1.0}, "mean_share is a probability"),
-        ({"beta_start": 0.0}, "betas must grow"),
+        ({"beta_start": 0.0}, "need 0 < beta_start"),
         ({"overlap_lr": 8}, "cannot overlap"),
         ({"disentangling_weight": -1.0}, "cannot be negative"),
         ({"lr_dropout": 1.0}, "lr_dropout is a probability"),
         ({"image_um": 3.0}, "whole number of image_um"),
-        ({"gene_channels": 0}, "gene_channels must be at least 1"),
+        ({"gene_channels": 0}, "gene_channels must be positive"),
         ({"grap_weight": 0.2}, "did you mean graph_weight"),
     ],
 )
