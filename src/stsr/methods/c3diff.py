@@ -32,9 +32,9 @@ from stsr.methods.contrastive import (
     modal_loss,
 )
 from stsr.methods.diffusion import DiffusionConfig, DiffusionMethod
-from stsr.methods.method import check_not_negative, check_positive
+from stsr.methods.method import channels_last, check_not_negative, check_positive
 from stsr.methods.target import Residual
-from stsr.nn.blocks import ScalarEmbedding, channels_last
+from stsr.nn.blocks import ScalarEmbedding
 from stsr.nn.encoders import GeneEmbedding, ImageEncoder, RasterEncoder
 from stsr.nn.unet import UNet
 

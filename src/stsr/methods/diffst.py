@@ -32,8 +32,8 @@ from stsr.methods.crossmodal import (
     patches,
 )
 from stsr.methods.diffusion import DiffusionConfig, DiffusionMethod
-from stsr.methods.method import check_not_negative, check_positive
-from stsr.nn.blocks import ConvBlock, ScalarEmbedding, channels_last
+from stsr.methods.method import channels_last, check_not_negative, check_positive
+from stsr.nn.blocks import ConvBlock, ScalarEmbedding
 from stsr.nn.encoders import ImageEncoder
 from stsr.nn.unet import UNet
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from stsr.diffusion.noise import TileNoise
 from stsr.errors import UsageError, did_you_mean
 from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Method(nn.Module, ABC):
@@ -113,6 +115,11 @@ class Method(nn.Module, ABC):
         """Mean counts per low-resolution pixel (b, g): the section's own, or the reference for tiles without spots."""
         mixed = batch.genes @ self.reference  # (g,)
         return torch.where(batch.has_lr[:, None], batch.lr_mean, mixed).clamp_min(PLAIN_DENSITY)
+
+
+def channels_last(module: Module) -> Module:
+    """Store 4-d weights with channels last, which makes convolutions faster on CPUs and GPUs."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
 
 
 def random_normal(

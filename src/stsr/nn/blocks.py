@@ -86,11 +86,6 @@ def zeroed(layer: Layer) -> Layer:
     return layer
 
 
-def channels_last(layer: Layer) -> Layer:
-    """Store 4-d weights with channels last, which makes convolutions faster on CPUs and GPUs."""
-    return layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-
-
 class ConvBlock(nn.Module):
     """Residual block: twice GroupNorm, SiLU and a 3 x 3 convolution; an embedding may scale and shift in between.
 
