@@ -20,8 +20,8 @@ from stsr.signals import Interrupted, interruptible
 from stsr.simulate import simulate_tissue, write_xenium
 from stsr.verbs.prepare.verb import prepare
 from stsr.verbs.train.config import TrainConfig, read_config, resolve
-from stsr.verbs.train.run_folder import RunFolder
 from stsr.verbs.train.loop import ema_decay, learning_rate
+from stsr.verbs.train.run_folder import RunFolder
 from stsr.verbs.train.validation import add_moments, mean_pcc
 from stsr.verbs.train.verb import train
 
