@@ -39,7 +39,7 @@ class Noise:
     sample: int = 0
     sign: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sign not in (1, -1):
             raise ValueError(f"the sign of noise must be 1 or -1, not {self.sign}")
 

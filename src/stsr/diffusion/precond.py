@@ -34,7 +34,7 @@ class Preconditioning:
 
     sigma_data: float = 0.5  # the paper's value, for images in [-1, 1]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.sigma_data > 0:
             raise ValueError(f"sigma_data must be positive, not {self.sigma_data}")
 

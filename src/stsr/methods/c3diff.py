@@ -86,7 +86,7 @@ class C3DiffConfig(DiffusionConfig):
     imputation_beta: float = 1.0
     imputation_temperature: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.imputation not in IMPUTATIONS:
             raise ValueError(f"imputation must be one of {', '.join(IMPUTATIONS)}, not {self.imputation!r}")

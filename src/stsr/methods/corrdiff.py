@@ -67,7 +67,7 @@ class CorrDiffConfig(RegressionConfig):
     p_mean: float = -0.4
     p_std: float = 1.2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.directions <= self.factors:
             raise ValueError(f"directions must lie in 1..factors ({self.factors}), not {self.directions}")

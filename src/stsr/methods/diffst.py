@@ -80,7 +80,7 @@ class DiffSTConfig(DiffusionConfig):
     disentangling_weight: float = 0.05
     graph_weight: float = 0.2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.patch_lr < 1 or self.tile_lr % self.patch_lr:
             raise ValueError(f"tile_lr ({self.tile_lr}) must be a whole number of patch_lr ({self.patch_lr})")

@@ -110,7 +110,7 @@ class DiffusionConfig:
     steps: int = 8
     guidance: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ratio = self.bin_um / self.image_um if self.image_um > 0 else 0
         if ratio < 1 or abs(ratio - round(ratio)) > 1e-6:
             raise ValueError(f"bin_um ({self.bin_um}) must be a whole number of image_um ({self.image_um})")

@@ -60,7 +60,7 @@ class RegressionConfig:
     tile_lr: int = 8
     overlap_lr: int = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_probability(self, "lr_dropout")
         check_positive(self, "factors", "genes_per_step")
         if self.views not in (1, 4, 8):

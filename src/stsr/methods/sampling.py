@@ -39,7 +39,7 @@ class Sampling:
     steps: int = 8
     guidance: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sampler(self.sampler)  # raises for an unknown name
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")

@@ -91,7 +91,7 @@ class TrainConfig:
     compile: bool = False
     prefetch: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "steps", "batch", "learning_rate", "train_tile_lr", "phases", "validate_every")
         check_positive(self, "log_every", "save_every", "save_seconds", "validation_tiles")
         check_not_negative(self, "warmup", "weight_decay", "grad_clip", "gap_lr", "stain", "prefetch")
