@@ -137,7 +137,7 @@ def _shape(tensors):
     ("spoil", "message"),
     [
         (lambda path: path.unlink(), "no model at"),
-        (_folder, "not a model but a folder"),
+        (_folder, "is a folder, not a model"),
         (_cut, "damaged"),
         (_garble, "damaged"),
         (_empty, "damaged"),

@@ -1,4 +1,4 @@
-"""A trained method as one safetensors file that stands alone. Nothing is ever unpickled."""
+"""Checkpoints: a trained method as one self-contained safetensors file, never unpickled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,26 +20,26 @@ from stsr.methods.method import Method, config_dict, configured
 from stsr.version import __version__
 
 FORMAT = 1
-"""Version of what is in the header; a reader refuses a newer one."""
+"""Version of the header; newer versions are refused."""
 
 _KEY = "stsr"
 _SUM = "sum"
 _STORAGE = {"float32": torch.float32, "float16": torch.float16}
-_DIGITS = 12  # of the sha256: 48 bits tell checkpoints apart, and still fit in a table
+_DIGITS = 12  # of the sha256: 48 bits identify a checkpoint and fit in a table
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained method and where it comes from.
+    """A trained method and its origin.
 
     Attributes
     ----------
     method
-        Ready to predict: in eval mode, on the device asked for.
+        In eval mode, on the requested device.
     name
         The method's name, as in `stsr.methods.METHODS`.
     provenance
-        What it was trained on, under which licence, and how.
+        Training data, their licence, and training settings.
     digest
         First 12 digits of the file's sha256.
     """
@@ -50,30 +51,30 @@ class Checkpoint:
 
 
 def save(path: str | Path, method: Method, name: str, provenance: dict, storage: str = "float32") -> Path:
-    """Write a checkpoint; a file that was there is replaced in one step.
+    """Write a checkpoint; an existing file is replaced in one step.
 
     Parameters
     ----------
     path
         The file.
     method
-        Its parameters and buffers are written; the buffers (statistics) always as they are.
+        Its parameters and buffers are written; buffers (statistics) keep their type.
     name
         The method's name.
     provenance
-        What it was trained on, under which licence, and how: JSON-able.
+        Training data, their licence, and training settings; JSON-able.
     storage
         ``"float32"``, or ``"float16"`` for half the size.
 
     Raises
     ------
     UsageError
-        For another storage.
+        If ``storage`` is neither.
     StsrError
-        If the disk is full or the place read-only.
+        If the disk is full or read-only.
     """
     if storage not in _STORAGE:
-        raise UsageError(f"weights are stored as {' or '.join(_STORAGE)}, not as {storage!r}")
+        raise UsageError(f"storage must be {' or '.join(_STORAGE)}, not {storage!r}")
     parameters = {key for key, _ in method.named_parameters()}
     tensors = {}
     for key, tensor in method.state_dict().items():
@@ -99,7 +100,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     Raises
     ------
     StsrError
-        If the file is missing, damaged, not made by stsr, or made by a newer one.
+        If the file is missing, damaged, not made by stsr, or made by a newer version.
     """
     path = Path(path)
     header, tensors = read_tensors(path)
@@ -110,10 +111,10 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         method = chosen(configured(chosen.Config, header["config"]), tuple(header["panel"]))
         method.load_state_dict(tensors)
         provenance = header["provenance"]
-    except UsageError as error:  # a method or a setting that this version does not know
-        made = header.get("stsr", "another version")
+    except UsageError as error:  # unknown method or setting
+        made = header.get("stsr", "(unknown version)")
         raise StsrError(
-            f"{path} was made by stsr {made} and does not fit this one ({error}); upgrade stsr"
+            f"{path} was made by stsr {made} and does not fit this version ({error}); upgrade stsr"
         ) from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _damaged(path, "its weights do not fit its own config") from error
@@ -121,7 +122,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
 
 
 def start_from(method: Method, path: str | Path) -> None:
-    """Give a method the weights of a checkpoint; buffers of another shape keep their start.
+    """Load the weights of a checkpoint into a method; buffers of another shape keep their initial values.
 
     Raises
     ------
@@ -135,9 +136,7 @@ def start_from(method: Method, path: str | Path) -> None:
     own = method.state_dict()
     for key, parameter in method.named_parameters():
         if key not in tensors or tensors[key].shape != parameter.shape:
-            raise UsageError(
-                f"{path} was trained with another config; give the settings that it was trained with"
-            )
+            raise UsageError(f"{path} was trained with another config; give the same settings")
     fitting = {
         key: tensor for key, tensor in tensors.items() if key in own and tensor.shape == own[key].shape
     }
@@ -145,7 +144,7 @@ def start_from(method: Method, path: str | Path) -> None:
 
 
 def describe(path: str | Path) -> dict:
-    """What a checkpoint's header says, without its weights: method, config, panel, requirements, provenance.
+    """Read the header of a checkpoint: method, config, panel, requirements, provenance.
 
     Raises
     ------
@@ -165,7 +164,7 @@ def digest(path: str | Path) -> str:
 
 
 def default_weights() -> Path:
-    """The packaged default model.
+    """Path of the packaged default model.
 
     Raises
     ------
@@ -175,23 +174,23 @@ def default_weights() -> Path:
     path = Path(str(resources.files("stsr") / "weights" / "default.safetensors"))
     if not path.is_file():
         raise StsrError(
-            "this installation has no default model; train one with stsr train and give it with --model"
+            "this installation has no default model; train one with stsr train and pass it with --model"
         )
     return path
 
 
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: dict) -> None:
-    """Write tensors and a JSON-able header as one safetensors file, whole or not at all.
+    """Write tensors and a JSON-able header as one safetensors file, which appears whole or not at all.
 
     Raises
     ------
     StsrError
-        If the disk is full or the place read-only.
+        If the disk is full or read-only.
     """
     from safetensors.torch import save as as_bytes
 
     path = Path(path)
-    # Clones, as safetensors refuses tensors that share memory, and one layout, as it keeps no strides.
+    # Cloned, because safetensors refuses tensors that share memory; contiguous, because it stores no strides.
     apart = {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in tensors.items()
@@ -207,7 +206,7 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: di
 
 
 def read_tensors(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The header and the tensors of a file by `write_tensors`.
+    """Read the header and the tensors of a file by `write_tensors`.
 
     Raises
     ------
@@ -218,23 +217,23 @@ def read_tensors(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     with _opened(path) as file:
         header = _header(path, file)
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    known = header.pop(_SUM, None)  # files of the first versions have none
+    known = header.pop(_SUM, None)  # absent in files of the first versions
     if known is not None and known != _sum(tensors):
-        raise _damaged(path, "its weights are not those that were written")
+        raise _damaged(path, "the checksum of its weights is wrong")
     return header, tensors
 
 
 def _sum(tensors: dict[str, torch.Tensor]) -> str:
-    """A checksum of names and values: safetensors itself would read flipped bits without a word."""
+    """Checksum of names and values; safetensors itself does not detect changed bits."""
     total = hashlib.sha256()
     for key in sorted(tensors):
         total.update(key.encode())
-        total.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator:
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -242,23 +241,23 @@ def _opened(path: Path) -> Iterator:
             f"there is no model at {path}; check the path or train one: stsr train SECTION -o {path}"
         )
     if not path.is_file():
-        raise StsrError(f"{path} is not a model but a folder; give the .safetensors file")
+        raise StsrError(f"{path} is a folder, not a model; give the .safetensors file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except SafetensorError as error:
-        raise _damaged(path, "not a whole safetensors file") from error
+        raise _damaged(path, "not a complete safetensors file") from error
     except OSError as error:
         raise StsrError(
             f"{path} cannot be read ({error.strerror or error}); check its permissions"
         ) from error
 
 
-def _header(path: Path, file) -> dict:
+def _header(path: Path, file: Any) -> dict[str, Any]:
     text = (file.metadata() or {}).get(_KEY)
     if text is None:
         raise StsrError(
-            f"{path} was not made by stsr; give a model by stsr train, or none for the default model"
+            f"{path} was not made by stsr; give a model by stsr train, or omit --model for the default model"
         )
     try:
         header = json.loads(text)
@@ -280,4 +279,4 @@ def _check_format(path: Path, header: dict) -> None:
 
 
 def _damaged(path: Path, reason: str) -> StsrError:
-    return StsrError(f"{path} is damaged ({reason}); copy it again or train it anew")
+    return StsrError(f"{path} is damaged ({reason}); copy it again or train it again")

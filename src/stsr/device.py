@@ -1,8 +1,6 @@
-"""Where tensors live and how many threads work on them."""
+"""Choose the device that tensors live on."""
 
 from __future__ import annotations
-
-import os
 
 import torch
 
@@ -10,17 +8,17 @@ from stsr.errors import UsageError
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """The device of this name.
+    """Find a device by name.
 
     Parameters
     ----------
     name
-        ``"auto"`` (cuda if there is one, else mps, else cpu), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        ``"auto"`` (cuda if available, else mps, else cpu), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
 
     Raises
     ------
     UsageError
-        If there is no such device here.
+        If the device is not available.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -36,29 +34,7 @@ def resolve_device(name: str = "auto") -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             have = f"{count} CUDA device{'s' if count > 1 else ''}" if count else "no CUDA device"
-            raise UsageError(f"{name} was asked for but there is {have} here; use --device auto")
+            raise UsageError(f"{name} is not available, this machine has {have}; use --device auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("mps was asked for but there is no Apple GPU here; use --device auto")
+        raise UsageError("mps is not available, this machine has no Apple GPU; use --device auto")
     return device
-
-
-def set_threads(threads: int | None = None) -> int:
-    """Set how many CPU threads torch uses: as asked, else what Slurm gave, else as torch has it.
-
-    Returns
-    -------
-    int
-        The number in use.
-
-    Raises
-    ------
-    UsageError
-        If fewer than one is asked for.
-    """
-    if threads is None and os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
-        threads = int(os.environ["SLURM_CPUS_PER_TASK"])
-    if threads is not None:
-        if threads < 1:
-            raise UsageError(f"{threads} threads can do nothing; give --threads 1 or more")
-        torch.set_num_threads(threads)
-    return torch.get_num_threads()

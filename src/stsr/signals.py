@@ -1,4 +1,4 @@
-"""Signals that ask a long run to save and stop at its next step."""
+"""Signals that make a long run save its state and stop after the current step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from stsr.errors import StsrError
 
@@ -13,12 +14,12 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") i
 
 
 class Interrupted(StsrError):
-    """A signal stopped the run after it had saved its state; the same command goes on.
+    """A signal stopped the run after it saved its state; the same command resumes.
 
     Parameters
     ----------
     number
-        The signal. Exit code 130 for SIGINT, 143 for the others: SIGUSR1 is how Slurm announces SIGTERM.
+        The signal. The exit code is 130 for SIGINT and 143 for the others; Slurm sends SIGUSR1 before SIGTERM.
     message
         One sentence for the user.
     """
@@ -29,7 +30,7 @@ class Interrupted(StsrError):
 
 
 class Interruption:
-    """Whether a signal came.
+    """Records whether a signal arrived.
 
     Attributes
     ----------
@@ -37,21 +38,21 @@ class Interruption:
         The signal, or None.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number: int | None = None
 
     @property
     def requested(self) -> bool:
-        """True once a signal came: finish the step, save, and stop."""
+        """True once a signal arrived: finish the step, save and stop."""
         return self.number is not None
 
-    def stop(self, message: str = "interrupted; run the same command again to go on") -> None:
-        """Stop here if a signal came: call it when everything is saved.
+    def stop(self, message: str = "interrupted; run the same command again to resume") -> None:
+        """Stop if a signal arrived; to be called when everything is saved.
 
         Raises
         ------
         Interrupted
-            If a signal came.
+            If a signal arrived.
         """
         if self.number is not None:
             raise Interrupted(self.number, message)
@@ -59,9 +60,9 @@ class Interruption:
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Note SIGINT, SIGTERM and SIGUSR1 instead of dying of them; a second SIGINT or SIGTERM acts at once.
+    """Record SIGINT, SIGTERM and SIGUSR1 instead of ending; a second SIGINT or SIGTERM ends the process.
 
-    Outside of the main thread signals cannot be caught, and nothing is.
+    Signals can only be caught in the main thread; elsewhere this does nothing.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
@@ -69,7 +70,7 @@ def interruptible() -> Iterator[Interruption]:
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
-    def note(number, frame):
+    def note(number: int, frame: FrameType | None) -> None:
         if interruption.requested and number != getattr(signal, "SIGUSR1", None):
             if number == signal.SIGINT:
                 raise KeyboardInterrupt

@@ -80,7 +80,7 @@ def test_lognormal_sigmas():
 def test_linear_betas():
     assert linear_betas(0.1, 0.3, 3).tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert linear_betas(0.01, 0.09, 3, power=2).tolist() == pytest.approx([0.01, 0.04, 0.09])
-    with pytest.raises(ValueError, match="betas"):
+    with pytest.raises(ValueError, match="beta_start"):
         linear_betas(0.5, 0.1, 3)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stsr.geometry.grid import Grid
-from stsr.methods.batch import Batch, Requirements, collate, cut, lr_mean
+from stsr.methods.batch import Batch, Requirements, cut, lr_mean
 from stsr.verbs.superres.field import Field
 
 
@@ -39,12 +39,6 @@ def test_some_genes_in_any_order():
     assert torch.equal(part.genes, torch.eye(3)[[2, 0]]) and torch.equal(
         part.lr_mean[:, 0], batch.lr_mean[:, 2]
     )
-
-
-def test_tiles_are_put_together():
-    one, two = make(1), make(2)
-    both = collate([one, two])
-    assert len(both) == 3 and torch.equal(both.image[1:], two.image) and torch.equal(both.hr[:1], one.hr)
 
 
 def test_cut_is_zero_outside():

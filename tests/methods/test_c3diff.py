@@ -7,8 +7,6 @@ import torch
 
 from stsr.diffusion.noise import Noise, TileNoise
 from stsr.errors import UsageError
-from stsr.geometry.grid import add_up
-from stsr.methods.batch import Batch, collate
 from stsr.methods.c3diff import C3Diff, C3DiffConfig
 from stsr.methods.method import configured
 from stsr.methods.sampling import Sampling
@@ -30,27 +28,6 @@ SMALL = C3DiffConfig(
 BIG_ENOUGH = 1e-4  # of counts per bin: a change that is no rounding
 
 
-def tiles(count=2, seed=0, genes=PANEL, side=3):
-    """Tiles whose image and counts have a common structure."""
-    generator = torch.Generator().manual_seed(seed)
-    size = 10 * side
-    coarse = torch.rand(count, 3, side + 1, side + 1, generator=generator)
-    picture = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)
-    mix = torch.rand(len(genes), 3, generator=generator)
-    hr = torch.poisson(0.5 * torch.einsum("gc,bcyx->bgyx", mix, picture), generator=generator)
-    lr = add_up(hr, 10)
-    return Batch(
-        image=(255 * picture).to(torch.uint8),
-        lr=lr,
-        lr_mask=torch.ones(count, 1, side, side),
-        has_lr=torch.ones(count, dtype=torch.bool),
-        lr_mean=lr.mean((2, 3)),
-        genes=torch.eye(len(PANEL))[[PANEL.index(gene) for gene in genes]],
-        names=tuple(genes),
-        hr=hr,
-    )
-
-
 def model(panel=PANEL, awake=True, **settings):
     """A small model; awake, its layers that start at zero do not."""
     torch.manual_seed(0)
@@ -62,22 +39,16 @@ def model(panel=PANEL, awake=True, **settings):
     return method.eval()
 
 
-def at(batch, sample=0, seed=0):
-    return TileNoise(Noise(seed, sample), tuple((0, 30 * i) for i in range(len(batch))))
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
 def part(batch, index):
     """One tile of a batch, and its noise's place."""
-    names = ("image", "lr", "lr_mask", "has_lr", "lr_mean", "hr")
-    one = replace(batch, **{name: getattr(batch, name)[index : index + 1] for name in names})
-    return one, TileNoise(Noise(0), ((0, 30 * index),))
+    return batch.of_tiles(slice(index, index + 1)), TileNoise(Noise(0), ((0, 30 * index),))
 
 
-def test_predicts_counts_and_repeats_itself():
+def test_predicts_counts_and_repeats_itself(tiles, at):
     method, batch = model(), tiles()
     counts = method.predict(batch, at(batch))
     assert counts.shape == (2, 5, 30, 30)
@@ -89,7 +60,7 @@ def test_predicts_counts_and_repeats_itself():
     assert torch.equal(counts, given)
 
 
-def test_neither_gene_order_nor_blocks_nor_batches_matter():
+def test_neither_gene_order_nor_blocks_nor_batches_matter(tiles, at):
     method, batch = model(), tiles()
     counts = method.predict(batch, at(batch))
     order = torch.tensor([3, 0, 4])
@@ -100,7 +71,7 @@ def test_neither_gene_order_nor_blocks_nor_batches_matter():
         assert torch.allclose(method.predict(one, noise)[0], counts[index], atol=1e-5)
 
 
-def test_image_spots_and_gene_matter():
+def test_image_spots_and_gene_matter(tiles, at):
     method, batch = model(), tiles()
     counts = method.predict(batch, at(batch))
 
@@ -114,7 +85,7 @@ def test_image_spots_and_gene_matter():
     assert differs(replace(batch, lr_mean=3 * batch.lr_mean))
 
 
-def test_lr_features_condition_the_denoiser_beside_the_base():
+def test_lr_features_condition_the_denoiser_beside_the_base(tiles):
     # the same base, the encoders' maps taken away
     method, batch = model(), tiles()
     features, steering = method.condition(batch), method.genes(batch.genes, method.scale(batch))
@@ -128,7 +99,7 @@ def test_lr_features_condition_the_denoiser_beside_the_base():
         )
 
 
-def test_mixture_genes():
+def test_mixture_genes(tiles, at):
     method, batch = model(), tiles()
     mixed = replace(batch, genes=batch.genes.clone())
     mixed.genes[0] = torch.tensor([0.3, 0.2, 0.5, 0, 0])
@@ -139,7 +110,7 @@ def test_mixture_genes():
 
 
 @pytest.mark.parametrize("imputation", ["dynamic", "mean", "zero", "none"])
-def test_predicts_without_spots_at_batch_size_one(imputation):
+def test_predicts_without_spots_at_batch_size_one(imputation, tiles, at):
     method, batch = model(imputation=imputation), tiles()
     alone, noise = part(batch.without_lr(torch.tensor([True, True])), 0)
     counts = method.predict(alone, noise)
@@ -149,7 +120,7 @@ def test_predicts_without_spots_at_batch_size_one(imputation):
     assert torch.allclose(method.predict(mixed, at(mixed))[:1], counts, atol=1e-5)
 
 
-def test_imputation_fills_missing_features_while_training_and_fades():
+def test_imputation_fills_missing_features_while_training_and_fades(tiles):
     method = model()
     batch = tiles(3).without_lr(torch.tensor([False, True, False]))
     features, steering = method.condition(batch), method.genes(batch.genes, method.scale(batch))
@@ -165,7 +136,7 @@ def test_imputation_fills_missing_features_while_training_and_fades():
     assert torch.allclose(zero[1], end[1], atol=1e-6)
 
 
-def test_guidance_weighs_condition_against_none():
+def test_guidance_weighs_condition_against_none(tiles, at):
     method, batch = model(), tiles(1)
     counts = {}
     for weight in (0.0, 1.0, 3.0):
@@ -179,14 +150,14 @@ def test_guidance_weighs_condition_against_none():
     assert not torch.allclose(counts[3.0], counts[1.0], atol=BIG_ENOUGH)
 
 
-def test_without_condition_nothing_but_the_noise_is_seen():
+def test_without_condition_nothing_but_the_noise_is_seen(tiles, at):
     method, batch = model(guidance=0.0), tiles(1)
     other = replace(batch, image=255 - batch.image, genes=batch.genes.flip(0))
     assert torch.equal(method.predict(batch, at(batch)), method.predict(other, at(batch)))
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "euler", "heun", "dpmpp_2m"])
-def test_every_sampler_walks(sampler):
+def test_every_sampler_walks(sampler, tiles, at):
     method, batch = model(), tiles(1)
     method.sampling = Sampling(sampler, 2)
     assert method.predict(batch, at(batch)).isfinite().all()
@@ -202,7 +173,7 @@ REACHED = {
 
 
 @pytest.mark.parametrize("term", REACHED)
-def test_every_term_reaches_its_encoders(term):
+def test_every_term_reaches_its_encoders(term, tiles):
     method = model(temperature=1.0, lr_dropout=0.0).train()
     method.loss(tiles(4), 0.3, seeded())[term].backward()
     for name in REACHED[term]:
@@ -221,14 +192,14 @@ def test_every_term_reaches_its_encoders(term):
         assert method.genes.table.grad.any()
 
 
-def test_imputation_teaches_which_images_are_alike():
+def test_imputation_teaches_which_images_are_alike(tiles):
     method = model(lr_dropout=0.0, condition_dropout=0.0).train()
     batch = tiles(4).without_lr(torch.tensor([True, False, False, False]))
     method.loss(batch, 0.0, seeded())["denoise"].backward()
     assert method.image_modality.project.mix[-1].weight.grad.any()
 
 
-def test_terms_are_weighted():
+def test_terms_are_weighted(tiles):
     method = model().train()
     terms = method.loss(tiles(3), 0.5, seeded())
     c = method.config
@@ -240,7 +211,7 @@ def test_terms_are_weighted():
     assert torch.equal(terms["loss"], terms["denoise"])
 
 
-def test_hypersphere_noise_only_while_training():
+def test_hypersphere_noise_only_while_training(tiles):
     settings = {"lr_dropout": 0.0, "condition_dropout": 0.0}
     quiet, loud = model(hypersphere_noise=0.0, **settings), model(hypersphere_noise=0.5, **settings)
     batch = tiles(3)
@@ -250,7 +221,7 @@ def test_hypersphere_noise_only_while_training():
     assert not torch.allclose(*content)
 
 
-def test_dropping_only_while_training():
+def test_dropping_only_while_training(tiles):
     always = {"lr_dropout": 0.999, "condition_dropout": 0.999, "hypersphere_noise": 0.0}
     dropping, keeping = model(**always), model(lr_dropout=0.0, condition_dropout=0.0, hypersphere_noise=0.0)
     batch = tiles(3)
@@ -263,7 +234,7 @@ def test_dropping_only_while_training():
     assert dropping.null_steering.grad.any()
 
 
-def test_loss_at_batch_size_one_and_repeatable():
+def test_loss_at_batch_size_one_and_repeatable(tiles):
     method, batch = model().train(), tiles(1)
     terms = method.loss(batch, 0.0, seeded(4))
     assert float(terms["modal"]) == float(terms["content"]) == float(terms["inter"]) == 0
@@ -271,7 +242,7 @@ def test_loss_at_batch_size_one_and_repeatable():
     assert torch.equal(terms["loss"], method.loss(batch, 0.0, seeded(4))["loss"])
 
 
-def test_overfits_one_tile():
+def test_overfits_one_tile(tiles, at):
     method, batch = model(awake=False, lr_dropout=0.0, genes_per_tile=5).train(), tiles(1)
     before = mean_loss(method, batch)
     optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
@@ -295,7 +266,7 @@ def mean_loss(method, batch):
     return sum(losses) / len(losses)
 
 
-def test_image_pixels_finer_than_bins():
+def test_image_pixels_finer_than_bins(tiles, at):
     method = model(image_um=5.0)
     batch = tiles(1)
     batch = replace(batch, image=batch.image.repeat_interleave(2, -1).repeat_interleave(2, -2))
@@ -303,7 +274,7 @@ def test_image_pixels_finer_than_bins():
     assert method.requirements.image_um == 5.0
 
 
-def test_residual_returns_and_keeps_totals():
+def test_residual_returns_and_keeps_totals(tiles):
     batch = tiles(2)
     residual = Residual.of(batch, batch.lr_mean, 10, 1.0)
     x0 = residual.encode(batch.hr)
@@ -318,11 +289,11 @@ def test_residual_returns_and_keeps_totals():
     assert torch.equal(gaussian(0), torch.ones(1))
 
 
-def test_without_spots_the_base_is_the_reference():
+def test_without_spots_the_base_is_the_reference(tiles):
     reference = torch.tensor([1.0, 2, 3, 4, 5])
     torch.manual_seed(0)
     method = C3Diff(SMALL, PANEL, reference.numpy())
-    batch = collate([tiles(1), tiles(1).without_lr(torch.tensor([True]))])
+    batch = tiles(2).without_lr(torch.tensor([False, True]))
     base = method.residual(batch).base
     assert torch.allclose(base[1], (reference / 100)[:, None, None].expand(5, 30, 30))
     assert not torch.allclose(base[0], base[1])
@@ -339,7 +310,7 @@ def test_the_default_is_small():
         ({"image_um": 3.0}, "whole number of image_um"),
         ({"image_um": 0.0}, "whole number of image_um"),
         ({"overlap_lr": 8}, "cannot overlap"),
-        ({"imputation": "median"}, "imputation is one of"),
+        ({"imputation": "median"}, "imputation must be one of"),
         ({"sigma_min": 30.0}, "sigma_min < sigma_max"),
         ({"genes_per_tile": 0}, "must be positive"),
         ({"lr_dropout": 1.0}, "probability"),

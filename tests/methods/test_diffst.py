@@ -5,10 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stsr.diffusion.noise import Noise, TileNoise
 from stsr.errors import UsageError
-from stsr.geometry.grid import add_up
-from stsr.methods.batch import Batch
 from stsr.methods.diffst import DiffST, DiffSTConfig
 from stsr.methods.method import configured
 from stsr.methods.sampling import Sampling
@@ -28,28 +25,6 @@ SMALL = DiffSTConfig(
 )
 
 
-def tiles(count=2, seed=0, genes=PANEL, side=3):
-    """Tiles whose image and counts have a common structure; patches differ in how rich they are."""
-    generator = torch.Generator().manual_seed(seed)
-    size = 10 * side
-    coarse = torch.rand(count, 3, side + 1, side + 1, generator=generator)
-    picture = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)
-    mix = torch.rand(len(genes), 3, generator=generator)
-    hr = torch.poisson(0.5 * torch.einsum("gc,bcyx->bgyx", mix, picture), generator=generator)
-    picture[..., :10] = picture[..., :10].round(decimals=1)  # plainer on the left
-    lr = add_up(hr, 10)
-    return Batch(
-        image=(255 * picture).to(torch.uint8),
-        lr=lr,
-        lr_mask=torch.ones(count, 1, side, side),
-        has_lr=torch.ones(count, dtype=torch.bool),
-        lr_mean=lr.mean((2, 3)),
-        genes=torch.eye(len(genes)),
-        names=tuple(genes),
-        hr=hr,
-    )
-
-
 def model(panel=PANEL, awake=True, **settings):
     """A small model; awake, its layers that start at zero do not."""
     torch.manual_seed(0)
@@ -58,10 +33,6 @@ def model(panel=PANEL, awake=True, **settings):
         torch.nn.init.normal_(method.unet.head[-1].weight, std=0.1)
         torch.nn.init.normal_(method.null_condition)
     return method.eval()
-
-
-def at(batch, sample=0, seed=0):
-    return TileNoise(Noise(seed, sample), tuple((0, 30 * i) for i in range(len(batch))))
 
 
 def seeded(seed=0):
@@ -76,7 +47,7 @@ def other_genes(batch, order):
 # ------------------------------------------------------------------------------------------------------ predictions
 
 
-def test_predicts_counts_and_repeats_itself():
+def test_predicts_counts_and_repeats_itself(tiles, at):
     method, batch = model(), tiles()
     first, again = method.predict(batch, at(batch)), method.predict(batch, at(batch))
     assert first.shape == batch.hr.shape
@@ -85,7 +56,7 @@ def test_predicts_counts_and_repeats_itself():
     assert not torch.equal(first, method.predict(batch, at(batch, sample=1)))
 
 
-def test_the_mean_needs_no_noise_and_is_what_nothing_gives():
+def test_the_mean_needs_no_noise_and_is_what_nothing_gives(tiles):
     method, batch = model(), tiles()
     features = method.condition(batch)
     mean = method.mean(batch, features)
@@ -95,7 +66,7 @@ def test_the_mean_needs_no_noise_and_is_what_nothing_gives():
     assert not model(mean_share=0.0).knows_mean
 
 
-def test_asking_for_some_genes_changes_none_of_them():
+def test_asking_for_some_genes_changes_none_of_them(tiles, at):
     method, batch = model(), tiles()
     features, order = method.condition(batch), [3, 0]
     drawn = method.draw(batch, features, at(batch))
@@ -106,7 +77,7 @@ def test_asking_for_some_genes_changes_none_of_them():
     assert torch.allclose(some, whole[:, order], atol=1e-6)
 
 
-def test_a_gene_outside_the_panel_is_a_mixture():
+def test_a_gene_outside_the_panel_is_a_mixture(tiles):
     method, batch = model(), tiles()
     features = method.condition(batch)
     asked = replace(other_genes(batch, [0]), genes=torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0]]))
@@ -115,7 +86,7 @@ def test_a_gene_outside_the_panel_is_a_mixture():
     assert torch.allclose(method.mean(asked, features), expected.clamp_min(0), atol=1e-6)
 
 
-def test_permuting_the_panel_permutes_the_output():
+def test_permuting_the_panel_permutes_the_output(tiles, at):
     method, batch = model(), tiles()
     turned = torch.tensor([3, 1, 4, 0, 2])
     panel = tuple(PANEL[index] for index in turned)
@@ -133,14 +104,14 @@ def test_permuting_the_panel_permutes_the_output():
     )  # the noise of a gene goes by its name
 
 
-def test_neighbours_in_the_batch_do_not_matter():
+def test_neighbours_in_the_batch_do_not_matter(tiles):
     method, batch = model(), tiles(2)
     whole = method.mean(batch, method.condition(batch))
     one = batch.of_tiles(slice(0, 1))
     assert torch.allclose(method.mean(one, method.condition(one)), whole[:1], atol=1e-5)
 
 
-def test_image_and_spots_matter():
+def test_image_and_spots_matter(tiles):
     method, batch = model(), tiles()
     mean = method.condition(batch).expected
     assert not torch.allclose(
@@ -151,7 +122,7 @@ def test_image_and_spots_matter():
     )
 
 
-def test_predicts_without_spots_at_batch_size_one():
+def test_predicts_without_spots_at_batch_size_one(tiles, at):
     method, batch = model(), tiles(1)
     blind = batch.without_lr(torch.tensor([True]))
     assert method.predict(blind, at(blind)).isfinite().all()
@@ -161,13 +132,13 @@ def test_predicts_without_spots_at_batch_size_one():
 
 @pytest.mark.parametrize("sampler", ["ancestral", "euler", "heun", "dpmpp_2m"])
 @pytest.mark.parametrize("schedule", ["edm", "ddpm"])
-def test_every_sampler_walks_either_schedule(sampler, schedule):
+def test_every_sampler_walks_either_schedule(sampler, schedule, tiles, at):
     method, batch = model(schedule=schedule), tiles(1)
     method.sampling = Sampling(sampler, 4)
     assert method.predict(batch, at(batch)).isfinite().all()
 
 
-def test_guidance_weighs_condition_against_none():
+def test_guidance_weighs_condition_against_none(tiles, at):
     method, batch = model(), tiles(1)
     features, x0 = method.condition(batch), {}
     for weight in (0.0, 1.0, 3.0):
@@ -180,7 +151,7 @@ def test_guidance_weighs_condition_against_none():
 # --------------------------------------------------------------------------------------------------- the curriculum
 
 
-def test_the_curriculum_changes_which_patches_are_used():
+def test_the_curriculum_changes_which_patches_are_used(tiles):
     method, batch = model(entropy_threshold=0.6), tiles()
     early, late = (method.kept_patches(batch, progress) for progress in (0.0, 1.0))
     assert early.sum() > late.sum() >= len(batch)
@@ -191,7 +162,7 @@ def test_the_curriculum_changes_which_patches_are_used():
     assert torch.equal(always.kept_patches(batch, 0.0), always.kept_patches(batch, 1.0))
 
 
-def test_dropped_patches_are_not_seen():
+def test_dropped_patches_are_not_seen(tiles):
     method, batch = model(entropy_threshold=0.6), tiles(1)
     dropped = (~method.kept_patches(batch, 1.0))[0].nonzero()[0].item()
     row, column = divmod(dropped, 3)
@@ -227,7 +198,7 @@ ONLY_DENOISING = ("mix", "level", "enter", "unet")
 
 
 @pytest.mark.parametrize("term", ["denoise", "disentangle"])
-def test_every_term_reaches_what_it_should(term):
+def test_every_term_reaches_what_it_should(term, tiles):
     method = model(lr_dropout=0.0, condition_dropout=0.0).train()
     method.loss(tiles(4), 0.3, seeded())[term].backward()
     for name in PARTS + (ONLY_DENOISING if term == "denoise" else ()):
@@ -251,7 +222,7 @@ ABLATIONS = {
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_ablations_leave_their_part_out(name):
+def test_ablations_leave_their_part_out(name, tiles, at):
     settings, gone = ABLATIONS[name]
     method, batch = model(lr_dropout=0.0, **settings), tiles()
     assert not any(hasattr(method, part) for part in gone)
@@ -261,23 +232,23 @@ def test_ablations_leave_their_part_out(name):
         assert all(p.grad is None for p in method.graph.parameters())
 
 
-def test_terms_are_weighted():
+def test_terms_are_weighted(tiles):
     terms = model(disentangling_weight=0.3).train().loss(tiles(3), 0.5, seeded())
     assert torch.allclose(terms["loss"], terms["denoise"] + 0.3 * terms["disentangle"])
     bare = model(disentangling_weight=0.0).train().loss(tiles(3), 0.5, seeded())
     assert torch.equal(bare["loss"], bare["denoise"])
 
 
-def test_tiles_without_spots_do_not_disentangle():
+def test_tiles_without_spots_do_not_disentangle(tiles):
     method = model(lr_dropout=0.999).train()
     terms = method.loss(tiles(3), 0.5, seeded())
     assert float(terms["disentangle"]) == 0
     assert terms["loss"].isfinite()
 
 
-def trained(steps=120, **settings):
+def trained(batch, steps=120, **settings):
     """A model after some steps on one tile, and its terms at the first and the last."""
-    method, batch = model(awake=False, lr_dropout=0.0, **settings).train(), tiles(1)
+    method = model(awake=False, lr_dropout=0.0, **settings).train()
     optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
     generator, kept = seeded(1), []
     for step in range(steps):
@@ -286,11 +257,12 @@ def trained(steps=120, **settings):
         terms["loss"].backward()
         optimizer.step()
         kept.append({name: float(term.detach()) for name, term in terms.items()})
-    return method.eval(), batch, kept
+    return method.eval(), kept
 
 
-def test_overfits_one_tile_and_disentangles():
-    method, batch, kept = trained()
+def test_overfits_one_tile_and_disentangles(tiles, at):
+    batch = tiles(1)
+    method, kept = trained(batch)
     features = method.condition(batch)
     truth = smoothed(batch.hr, method.config.smooth_bins)
     base = method.residual(batch).base
@@ -302,13 +274,13 @@ def test_overfits_one_tile_and_disentangles():
     assert sum(disentangled[-20:]) < 0.5 * sum(disentangled[:20])
 
 
-def test_loss_repeats_itself():
+def test_loss_repeats_itself(tiles):
     method, batch = model().train(), tiles(1)
     terms = method.loss(batch, 0.0, seeded(4))
     assert torch.equal(terms["loss"], method.loss(batch, 0.0, seeded(4))["loss"])
 
 
-def test_image_pixels_finer_than_bins_and_larger_patches():
+def test_image_pixels_finer_than_bins_and_larger_patches(tiles, at):
     method = model(image_um=5.0, tile_lr=4, patch_lr=2)
     batch = tiles(1, side=4)
     fine = replace(batch, image=batch.image.repeat_interleave(2, -1).repeat_interleave(2, -2))
@@ -322,18 +294,18 @@ def test_image_pixels_finer_than_bins_and_larger_patches():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"schedule": "cosine"}, "schedule is one of edm, ddpm"),
+        ({"schedule": "cosine"}, "schedule must be one of edm, ddpm"),
         ({"region": 2}, "region must be odd"),
         ({"patch_lr": 3}, "whole number of patch_lr"),
-        ({"graph_weight": 1.5}, "graph_weight lies between 0 and 1"),
-        ({"entropy_threshold": -1.0}, "entropy_threshold lies between"),
+        ({"graph_weight": 1.5}, "graph_weight must lie between 0 and 1"),
+        ({"entropy_threshold": -1.0}, "entropy_threshold must lie between"),
         ({"mean_share": 1.0}, "mean_share is a probability"),
-        ({"beta_start": 0.0}, "betas must grow"),
+        ({"beta_start": 0.0}, "need 0 < beta_start"),
         ({"overlap_lr": 8}, "cannot overlap"),
         ({"disentangling_weight": -1.0}, "cannot be negative"),
         ({"lr_dropout": 1.0}, "lr_dropout is a probability"),
         ({"image_um": 3.0}, "whole number of image_um"),
-        ({"gene_channels": 0}, "gene_channels must be at least 1"),
+        ({"gene_channels": 0}, "gene_channels must be positive"),
         ({"grap_weight": 0.2}, "did you mean graph_weight"),
     ],
 )

@@ -70,5 +70,5 @@ def test_gene_embedding_of_mixtures():
 def test_prime_factors():
     assert prime_factors(1) == []
     assert prime_factors(20) == [2, 2, 5]
-    with pytest.raises(ValueError, match="from 1 up"):
+    with pytest.raises(ValueError, match="at least 1"):
         prime_factors(0)

@@ -1,7 +1,6 @@
-"""The shared diffusion engine: noise, preconditioning, samplers. It knows no gene and no tissue.
+"""The diffusion engine: noise, preconditioning and samplers, independent of genes and tissue.
 
-Everything is in sigma space: ``x = x0 + sigma * noise``, and every network is met as ``denoise(x, sigma) ->
-x0``.
+Everything is in sigma space: ``x = x0 + sigma * noise``, and every network is used as ``denoise(x, sigma) -> x0``.
 """
 
 from stsr.diffusion.noise import Noise

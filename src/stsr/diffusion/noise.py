@@ -1,35 +1,33 @@
-"""Noise for the whole plane, drawn from (seed, key, sample, step) and cut by window."""
+"""Noise on the whole plane, determined by (seed, key, sample, step), from which windows are cut."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 import torch
 
 BLOCK = 64
-"""Side of the squares, in bins, that are drawn at once. Another size would give other noise."""
+"""Side of the squares that are drawn at once, bins. Another size would give different noise."""
 
 
 @dataclass(frozen=True)
 class Noise:
     """Standard normal noise on an unbounded grid of bins.
 
-    The value at a bin depends on ``(seed, key, sample, step)`` and the bin's place, and on nothing else. So
-    tiles agree where they overlap, and a result depends neither on batch size, nor on the order of keys,
-    nor on the device.
+    The value at a bin depends only on ``(seed, key, sample, step)`` and the bin's position. Tiles therefore agree where
+    they overlap, and results depend neither on the batch size, nor on the order of keys, nor on the device.
 
     Parameters
     ----------
     seed
-        The user's seed.
+        Seed given by the user.
     sample
-        Number of the sample; another number is independent noise.
+        Number of the sample; samples are independent.
     sign
-        1, or -1 for the antithetic partner: averaging a sample with its partner cancels the noise to first
-        order.
+        1, or -1 for the antithetic partner: the mean of a sample and its partner cancels noise to first order.
 
     Raises
     ------
@@ -41,29 +39,25 @@ class Noise:
     sample: int = 0
     sign: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sign not in (1, -1):
-            raise ValueError(f"the sign of noise is 1 or -1, not {self.sign}")
-
-    def antithetic(self) -> Noise:
-        """The same noise with its sign turned."""
-        return replace(self, sign=-self.sign)
+            raise ValueError(f"the sign of noise must be 1 or -1, not {self.sign}")
 
     def window(
         self, keys: Sequence[str], y0: int, x0: int, height: int, width: int, step: int = 0
     ) -> torch.Tensor:
-        """Noise of a window of the grid.
+        """Draw the noise of a window of the grid.
 
         Parameters
         ----------
         keys
             One name (a gene) per channel.
         y0, x0
-            First row and column, bins; may be negative, for a window that overhangs the grid.
+            First row and column, bins; negative for a window that reaches beyond the grid.
         height, width
             Size, bins.
         step
-            Step of the sampler; another step is independent noise. Step 0 is where sampling starts.
+            Step of the sampler; steps are independent. Sampling starts from step 0.
 
         Returns
         -------
@@ -86,7 +80,7 @@ class Noise:
         width: int,
         device: torch.device | str = "cpu",
     ) -> Callable[[int], torch.Tensor]:
-        """Noise of a batch of windows as a function of the step, which is what a sampler asks for.
+        """Noise of a batch of windows as a function of the sampler's step.
 
         Parameters
         ----------
@@ -97,13 +91,13 @@ class Noise:
         height, width
             Size of the windows, bins.
         device
-            Where the noise goes once drawn (always on the CPU, so that devices agree).
+            Where the noise is moved to. It is always drawn on the CPU, so that devices agree.
 
         Returns
         -------
         callable
-            ``step -> (len(corners), len(keys), height, width)`` float32. Step 0 is for the sampler's start;
-            samplers ask for 1, 2, ... while they walk.
+            ``step -> (len(corners), len(keys), height, width)`` float32. A sampler starts from step 0 and then asks for
+            1, 2, ...
         """
 
         def draw(step: int) -> torch.Tensor:
@@ -115,12 +109,12 @@ class Noise:
 
 @dataclass(frozen=True)
 class TileNoise:
-    """Noise for a batch of tiles: `Noise` with the tiles' places filled in.
+    """Noise for a batch of tiles at given positions.
 
     Parameters
     ----------
     noise
-        Where the numbers come from.
+        Source of the numbers.
     corners
         ``(y0, x0)`` of each tile, bins of the section's grid.
     """
@@ -136,10 +130,10 @@ class TileNoise:
 
 
 def _pieces(start: int, size: int) -> Iterator[tuple[int, slice, slice]]:
-    """Cut ``[start, start + size)`` at block edges: (block number, slice of window, slice of block) each."""
+    """Split ``[start, start + size)`` at block edges: (block number, slice of window, slice of block)."""
     position = start
     while position < start + size:
-        number, within = divmod(position, BLOCK)  # floors, so negative positions need no care
+        number, within = divmod(position, BLOCK)  # rounds down, so negative positions are correct
         length = min(BLOCK - within, start + size - position)
         first = position - start
         yield number, slice(first, first + length), slice(within, within + length)
@@ -148,7 +142,7 @@ def _pieces(start: int, size: int) -> Iterator[tuple[int, slice, slice]]:
 
 def _block(seed: int, key: str, sample: int, step: int, block_y: int, block_x: int) -> np.ndarray:
     """(BLOCK, BLOCK) words of 64 random bits, by Philox (Salmon et al. 2011) keyed by a hash of the names."""
-    # the key comes last: the numbers before it hold no "/", so no two tuples give one name
+    # the key comes last and numbers contain no "/", so different tuples give different names
     name = f"{int(seed)}/{int(sample)}/{int(step)}/{block_y}/{block_x}/{key}"
     digest = blake2b(name.encode(), digest_size=16).digest()
     philox = np.random.Philox(key=int.from_bytes(digest, "little"))
@@ -158,7 +152,7 @@ def _block(seed: int, key: str, sample: int, step: int, block_y: int, block_x: i
 def _normal(bits: np.ndarray) -> np.ndarray:
     """Standard normals from words of 64 random bits, by Box and Muller (1958); any shape, float32.
 
-    By hand, as numpy promises the raw bits of Philox for ever, but not ``Generator.standard_normal``.
+    numpy guarantees the raw bits of Philox across versions, but not ``Generator.standard_normal``.
     """
     radius = ((bits >> np.uint64(32)) + 0.5) * 2.0**-32  # in (0, 1), both ends excluded
     angle = (bits & np.uint64(0xFFFFFFFF)) * (2 * np.pi * 2.0**-32)

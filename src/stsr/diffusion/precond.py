@@ -1,13 +1,14 @@
-"""From networks to denoisers: EDM preconditioning, the DDPM world in sigma space, guidance.
+"""Denoisers from networks: EDM preconditioning, DDPM in sigma space, guidance.
 
-A denoiser is ``denoise(x, sigma) -> x0`` with ``x = x0 + sigma * noise`` of any shape (b, ...), and sigma a
-positive scalar tensor () or one value per sample (b,).
+A denoiser is ``denoise(x, sigma) -> x0`` with ``x = x0 + sigma * noise`` of any shape (b, ...) and a positive sigma,
+scalar () or one value per sample (b,).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,14 +17,14 @@ Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Preconditioning:
-    """Scales that let a network see and give values of unit size at every sigma.
+    """Scale the input and output of a network to unit variance at every sigma.
 
     Karras et al., "Elucidating the design space of diffusion-based generative models", NeurIPS 2022, table 1.
 
     Parameters
     ----------
     sigma_data
-        Standard deviation of the data, in the data's own (normalised) units.
+        Standard deviation of the data, in its own (normalised) units.
 
     Raises
     ------
@@ -31,14 +32,14 @@ class Preconditioning:
         If sigma_data is not positive.
     """
 
-    sigma_data: float = 0.5  # the paper's, for images in [-1, 1]
+    sigma_data: float = 0.5  # the paper's value, for images in [-1, 1]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.sigma_data > 0:
             raise ValueError(f"sigma_data must be positive, not {self.sigma_data}")
 
     def c_skip(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Weight of the noisy input in the result; same shape as sigma."""
+        """Weight of the noisy input in the estimate; same shape as sigma."""
         return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
 
     def c_out(self, sigma: torch.Tensor) -> torch.Tensor:
@@ -50,22 +51,27 @@ class Preconditioning:
         return 1 / (sigma**2 + self.sigma_data**2).sqrt()
 
     def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
-        """What the network is told of sigma, about -1.5 to 1.1; same shape as sigma."""
+        """Noise level as an input of the network, about -1.5 to 1.1; same shape as sigma."""
         return sigma.log() / 4
 
     def loss_weight(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Weight of x0's squared error by which the network's own counts 1; same shape as sigma."""
+        """Weight of the squared error of x0 that gives the network's own error weight 1; same shape as sigma."""
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
     def denoised(
-        self, network: Callable, x: torch.Tensor, sigma: torch.Tensor, *args, **kwargs
+        self,
+        network: Callable[..., torch.Tensor],
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """The estimate of x0 (equation 7).
+        """Estimate x0 (equation 7).
 
         Parameters
         ----------
         network
-            ``network(x, c_noise, *args, **kwargs)`` with x (b, ...) of unit size and c_noise (b,).
+            ``network(x, c_noise, *args, **kwargs)`` with x (b, ...) of unit variance and c_noise (b,).
         x
             (b, ...) noisy data.
         sigma
@@ -85,7 +91,7 @@ class Preconditioning:
 def lognormal_sigmas(
     count: int, generator: torch.Generator, p_mean: float = -1.2, p_std: float = 1.2
 ) -> torch.Tensor:
-    """Sigmas to train on: ``ln(sigma) ~ N(p_mean, p_std^2)`` (Karras et al. 2022, table 1, and its values).
+    """Draw training sigmas: ``ln(sigma) ~ N(p_mean, p_std^2)`` (Karras et al. 2022, table 1, with its values).
 
     Returns
     -------
@@ -96,7 +102,7 @@ def lognormal_sigmas(
 
 
 def linear_betas(beta_start: float, beta_end: float, steps: int, power: float = 1.0) -> torch.Tensor:
-    """The variances beta_1 ... beta_T of DDPM (Ho et al. 2020, section 4), growing linearly.
+    """Linearly increasing variances beta_1 ... beta_T of DDPM (Ho et al. 2020, section 4).
 
     Parameters
     ----------
@@ -105,7 +111,7 @@ def linear_betas(beta_start: float, beta_end: float, steps: int, power: float = 
     steps
         T.
     power
-        2 makes the roots of beta grow linearly, which latent-diffusion code calls "linear" too.
+        2 for linearly increasing square roots of beta, also called "linear" in latent-diffusion code.
 
     Returns
     -------
@@ -118,7 +124,7 @@ def linear_betas(beta_start: float, beta_end: float, steps: int, power: float = 
         If not 0 < beta_start <= beta_end < 1.
     """
     if not 0 < beta_start <= beta_end < 1:
-        raise ValueError(f"betas must grow between 0 and 1, not from {beta_start} to {beta_end}")
+        raise ValueError(f"need 0 < beta_start <= beta_end < 1, not {beta_start} and {beta_end}")
     roots = torch.linspace(beta_start ** (1 / power), beta_end ** (1 / power), steps, dtype=torch.float64)
     return roots**power
 
@@ -126,8 +132,7 @@ def linear_betas(beta_start: float, beta_end: float, steps: int, power: float = 
 def beta_sigmas(betas: torch.Tensor) -> torch.Tensor:
     """Sigma of each DDPM step: ``sigma_t = sqrt((1 - abar_t) / abar_t)``.
 
-    DDPM's ``x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise`` is ``sqrt(abar_t)`` times our ``x0 + sigma_t
-    noise``.
+    DDPM's ``x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise`` is ``sqrt(abar_t)`` times ``x0 + sigma_t noise``.
 
     Parameters
     ----------
@@ -144,12 +149,12 @@ def beta_sigmas(betas: torch.Tensor) -> torch.Tensor:
 
 
 def uniform_sigmas(count: int, sigmas: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Sigmas to train on as DDPM does: t uniform over the steps (Ho et al. 2020, algorithm 1).
+    """Draw training sigmas as DDPM does, with t uniform over the steps (Ho et al. 2020, algorithm 1).
 
     Parameters
     ----------
     count
-        How many.
+        Number of sigmas.
     sigmas
         (T,) from `beta_sigmas`.
 
@@ -163,12 +168,12 @@ def uniform_sigmas(count: int, sigmas: torch.Tensor, generator: torch.Generator)
 
 
 def step_of_sigma(sigma: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """DDPM step t of a sigma, counted from 0 and continuous: linear in ln(sigma) between the table's entries.
+    """Continuous DDPM step t of a sigma, from 0: linear in ln(sigma) between the entries of the table.
 
     Parameters
     ----------
     sigma
-        Any shape; outside the table it is taken as the nearest end.
+        Any shape; clamped to the range of the table.
     sigmas
         (T,) ascending, from `beta_sigmas`; T at least 2.
 
@@ -177,22 +182,23 @@ def step_of_sigma(sigma: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         In [0, T - 1], like sigma.
     """
-    table = sigmas.log().to(sigma.dtype).to(sigma.device)  # in this order: not every device knows float64
+    table = (
+        sigmas.log().to(sigma.dtype).to(sigma.device)
+    )  # in this order, because not every device has float64
     place = sigma.log().clamp(table[0], table[-1])
     above = torch.searchsorted(table, place).clamp(1, len(table) - 1)
     low, high = table[above - 1], table[above]
     return above - 1 + (place - low) / (high - low)
 
 
-def epsilon_denoiser(network: Callable, sigmas: torch.Tensor) -> Denoise:
-    """A denoiser from a network that predicts noise, ``x0 = x - sigma eps(x_t, t)`` (Ho et al. 2020, eq. 15).
+def epsilon_denoiser(network: Denoise, sigmas: torch.Tensor) -> Denoise:
+    """Make a denoiser of a network that predicts noise, ``x0 = x - sigma eps(x_t, t)`` (Ho et al. 2020, eq. 15).
 
     Parameters
     ----------
     network
-        ``network(x_t, t) -> eps``, x_t (b, ...) in DDPM's own scale, t (b,) counted from 0, of x_t's dtype.
-        At the table's own sigmas t is a whole number up to rounding; a network that looks t up in a table
-        must round it.
+        ``network(x_t, t) -> eps`` with x_t (b, ...) in DDPM's scale and t (b,) from 0, of x_t's dtype. At sigmas of the
+        table, t is a whole number up to rounding; a network with a table of embeddings must round it.
     sigmas
         (T,) from `beta_sigmas`.
     """
@@ -209,15 +215,15 @@ def epsilon_denoiser(network: Callable, sigmas: torch.Tensor) -> Denoise:
 def guided(denoise_conditional: Denoise, denoise_unconditional: Denoise, weight: float) -> Denoise:
     """Classifier-free guidance on x0: ``w D(x | c) + (1 - w) D(x)``.
 
-    As x0 is linear in epsilon at a given x, this equals guidance on epsilon, ``w e(x | c) + (1 - w) e(x)``.
-    Note that Ho and Salimans (2021, equation 6) count their w from 0: theirs is ours less 1.
+    Because x0 is linear in epsilon at a given x, this equals guidance on epsilon, ``w e(x | c) + (1 - w) e(x)``.
+    The w of Ho and Salimans (2021, equation 6) is this w minus 1.
 
     Parameters
     ----------
     denoise_conditional, denoise_unconditional
         Denoisers with and without the condition.
     weight
-        1 is the conditional denoiser itself, and 0 the unconditional one: the other is then never evaluated.
+        1 for the conditional and 0 for the unconditional denoiser; the other one is then never evaluated.
     """
     if weight == 1:
         return denoise_conditional
@@ -231,10 +237,10 @@ def guided(denoise_conditional: Denoise, denoise_unconditional: Denoise, weight:
 
 
 def _per_sample(sigma: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
-    """Sigma as (b,), on x's device and of its dtype."""
+    """Expand sigma to (b,), with the device and dtype of x."""
     return torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(x.shape[0])
 
 
 def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(b,) -> (b, 1, ...) with as many axes as x."""
+    """Reshape (b,) to (b, 1, ...) with as many axes as x."""
     return values.reshape(-1, *[1] * (x.ndim - 1))

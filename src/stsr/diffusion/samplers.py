@@ -1,10 +1,9 @@
-"""Noise schedules, and samplers that walk down them.
+"""Noise schedules and samplers.
 
-A schedule is a tensor of sigmas, (steps + 1,) float64 on the CPU, strictly descending and ending in 0. A
-sampler is ``sampler(denoise, x, sigmas, noise=None) -> x0``: it takes ``denoise(x, sigma) -> x0`` with
-sigma a scalar tensor, x of any shape already scaled (``x = sigmas[0] * noise``), the schedule, and for
-stochastic samplers a callable ``step -> noise`` shaped like x (``Noise.source``), which is asked for steps
-1, 2, ... since step 0 made x.
+A schedule is a tensor of sigmas, (steps + 1,) float64 on the CPU, strictly decreasing and ending in 0. A sampler is
+``sampler(denoise, x, sigmas, noise=None) -> x0``. It takes ``denoise(x, sigma) -> x0`` with a scalar sigma, x of any
+shape, already scaled (``x = sigmas[0] * noise``), and the schedule. Stochastic samplers also need a function
+``step -> noise`` shaped like x (``Noise.source``), which they call for steps 1, 2, ...; step 0 gave x.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ Sampler = Callable[..., torch.Tensor]
 def karras_sigmas(
     steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> torch.Tensor:
-    """Sigmas evenly spaced in ``sigma^(1 / rho)`` (Karras et al. 2022, equation 5, and its values), then 0.
+    """Sigmas evenly spaced in ``sigma^(1 / rho)``, then 0 (Karras et al. 2022, equation 5, with its values).
 
     Parameters
     ----------
     steps
         Number of steps.
     sigma_min, sigma_max
-        Last sigma above 0, and the first one, in the data's units.
+        Last sigma above 0 and first sigma, in units of the data.
     rho
-        Larger puts more of the steps near sigma_min.
+        Larger values put more steps near sigma_min.
 
     Returns
     -------
@@ -43,7 +42,7 @@ def karras_sigmas(
     Raises
     ------
     ValueError
-        If there is no step, or not 0 < sigma_min < sigma_max.
+        If steps is below 1, or not 0 < sigma_min < sigma_max.
     """
     _at_least_one(steps)
     if not 0 < sigma_min < sigma_max:
@@ -59,16 +58,16 @@ def ddpm_sigmas(
     total: int = 1000,
     power: float = 1.0,
 ) -> torch.Tensor:
-    """Sigmas of DDPM's own steps, or of a part of them, then 0.
+    """Sigmas of all or some steps of DDPM, then 0.
 
     Parameters
     ----------
     steps
-        How many to take, evenly spaced from the last to the first, both included; None takes all. (Common
-        DDIM code leaves the last out, and so takes pure noise for a step less noisy: Lin et al., WACV
-        2024.)
+        Number of steps, evenly spaced from the last to the first, both included; None for all. (Common DDIM code leaves
+        out the last and so treats pure noise as less noisy than it is: Lin et al., WACV 2024.)
     beta_start, beta_end, total, power
-        Of `linear_betas`, total being its steps. The values are those of C3-Diff's code, but for its power 2.
+        Parameters of `linear_betas`; ``total`` is its number of steps. The defaults are those of C3-Diff's code, except
+        for its power of 2.
 
     Returns
     -------
@@ -84,7 +83,7 @@ def ddpm_sigmas(
     if steps is not None:
         _at_least_one(steps)
         if steps > total:
-            raise ValueError(f"the schedule has {total} steps, so {steps} cannot be taken; ask for fewer")
+            raise ValueError(f"steps ({steps}) must not exceed the {total} steps of the schedule")
         sigmas = sigmas[torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()]
     return _to_zero(sigmas)
 
@@ -92,11 +91,11 @@ def ddpm_sigmas(
 def ancestral(
     denoise: Denoise, x: torch.Tensor, sigmas: torch.Tensor, noise: Draw | None = None
 ) -> torch.Tensor:
-    """DDPM (Ho et al. 2020, algorithm 2) with the posterior's variance, beta-tilde (equations 6 and 7).
+    """DDPM (Ho et al. 2020, algorithm 2) with the posterior variance beta-tilde (equations 6 and 7).
 
     Divided by sqrt(abar), the posterior of x_s given x_t and x0 is normal with mean ``r x_t + (1 - r) x0``
-    and variance ``s^2 (1 - r)``, where ``r = s^2 / t^2`` for sigmas s below t. On `ddpm_sigmas()` this is
-    DDPM itself; on a part of its steps it is DDIM with eta 1 (Song et al. 2021, equation 16).
+    and variance ``s^2 (1 - r)``, where ``r = s^2 / t^2`` for sigmas s below t. With all steps of `ddpm_sigmas` this is
+    DDPM; with some of them it is DDIM with eta 1 (Song et al. 2021, equation 16).
 
     Raises
     ------
@@ -104,7 +103,7 @@ def ancestral(
         If noise is missing.
     """
     if noise is None:
-        raise ValueError("the ancestral sampler draws noise at each step; pass noise, a function of the step")
+        raise ValueError("the ancestral sampler needs noise, a function of the step")
     for step, (sigma, lower) in enumerate(_pairs(sigmas), start=1):
         ratio = (lower / sigma) ** 2
         x = ratio * x + (1 - ratio) * denoise(x, x.new_tensor(sigma))
@@ -114,7 +113,7 @@ def ancestral(
 
 
 def euler(denoise: Denoise, x: torch.Tensor, sigmas: torch.Tensor, noise: Draw | None = None) -> torch.Tensor:
-    """Euler's method on the probability-flow ODE: DDIM with eta 0 (Song et al. 2021, equation 13)."""
+    """Euler's method for the probability-flow ODE: DDIM with eta 0 (Song et al. 2021, equation 13)."""
     for sigma, lower in _pairs(sigmas):
         x0 = denoise(x, x.new_tensor(sigma))
         x = x0 + (lower / sigma) * (x - x0)
@@ -122,7 +121,7 @@ def euler(denoise: Denoise, x: torch.Tensor, sigmas: torch.Tensor, noise: Draw |
 
 
 def heun(denoise: Denoise, x: torch.Tensor, sigmas: torch.Tensor, noise: Draw | None = None) -> torch.Tensor:
-    """Heun's method, second order, two evaluations a step but the last (Karras et al. 2022, algorithm 1)."""
+    """Heun's method: second order, two evaluations per step but the last (Karras et al. 2022, algorithm 1)."""
     for sigma, lower in _pairs(sigmas):
         slope = (x - denoise(x, x.new_tensor(sigma))) / sigma
         predicted = x + (lower - sigma) * slope
@@ -135,16 +134,16 @@ def heun(denoise: Denoise, x: torch.Tensor, sigmas: torch.Tensor, noise: Draw | 
 def dpmpp_2m(
     denoise: Denoise, x: torch.Tensor, sigmas: torch.Tensor, noise: Draw | None = None
 ) -> torch.Tensor:
-    """DPM-Solver++(2M), second order, one evaluation a step (Lu et al. 2022, algorithm 2)."""
-    previous, previous_h = None, None
+    """DPM-Solver++(2M): second order, one evaluation per step (Lu et al. 2022, algorithm 2)."""
+    previous: tuple[torch.Tensor, float] | None = None  # x0 and h of the step before
     for sigma, lower in _pairs(sigmas):
         x0 = denoise(x, x.new_tensor(sigma))
         if lower == 0:
-            return x0  # the step to 0 is infinite in log sigma, where only first order makes sense
+            return x0  # the step to 0 is infinite in log sigma, so only first order is possible
         h = log(sigma / lower)
-        estimate = x0 if previous is None else x0 + (x0 - previous) * h / (2 * previous_h)
+        estimate = x0 if previous is None else x0 + (x0 - previous[0]) * h / (2 * previous[1])
         x = (lower / sigma) * x - expm1(-h) * estimate
-        previous, previous_h = x0, h
+        previous = x0, h
     return x
 
 
@@ -158,12 +157,12 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def sampler(name: str) -> Sampler:
-    """The sampler of this name.
+    """Look up a sampler by name.
 
     Raises
     ------
     ValueError
-        If there is none.
+        If no sampler has this name.
     """
     if name not in SAMPLERS:
         raise ValueError(f"no sampler is called {name!r}; choose one of {', '.join(SAMPLERS)}")
@@ -171,18 +170,18 @@ def sampler(name: str) -> Sampler:
 
 
 def _pairs(sigmas: torch.Tensor) -> list[tuple[float, float]]:
-    """Each sigma with the next; Python numbers, so that coefficients are double whatever x is."""
+    """Each sigma with the next, as Python floats, so that coefficients are double for any dtype of x."""
     values = sigmas.tolist()
     if len(values) < 2 or values[-1] != 0 or any(high <= low for high, low in pairwise(values)):
-        raise ValueError("a schedule of sigmas must descend strictly and end in 0")
+        raise ValueError("a schedule of sigmas must decrease strictly and end in 0")
     return list(pairwise(values))
 
 
 def _to_zero(sigmas: torch.Tensor) -> torch.Tensor:
-    """Put a 0 at the end: (steps,) -> (steps + 1,)."""
+    """Append a 0: (steps,) -> (steps + 1,)."""
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
 def _at_least_one(steps: int) -> None:
     if steps < 1:
-        raise ValueError(f"a sampler needs at least one step, not {steps}")
+        raise ValueError(f"steps must be at least 1, not {steps}")

@@ -1,13 +1,17 @@
-"""Methods by name. A new one is a file and a line here."""
+"""Super-resolution methods by name. To add one, add a file and a line here."""
 
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 from stsr.errors import UsageError, did_you_mean
 
+if TYPE_CHECKING:
+    from stsr.methods.method import Method
+
 DEFAULT_METHOD = "corrdiff"
-"""What `stsr train` trains and the packaged model is."""
+"""The method that `stsr train` trains by default, and that of the packaged model."""
 
 METHODS = {
     "bilinear": "stsr.methods.interpolation:Bilinear",
@@ -19,8 +23,8 @@ METHODS = {
 }
 
 
-def method_class(name: str) -> type:
-    """The class of a method.
+def method_class(name: str) -> type[Method]:
+    """Import the class of a method.
 
     Raises
     ------

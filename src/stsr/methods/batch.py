@@ -1,8 +1,9 @@
-"""Batch: what every method reads, and Requirements: what a method asks of it."""
+"""`Batch`, the input of every method, and `Requirements`, the tiles that a method needs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,23 +11,23 @@ import torch
 from stsr.geometry.grid import LR_UM, bins_per_lr
 
 PLAIN_DENSITY = 1e-3
-"""Least mean count of a gene per low-resolution pixel: keeps logarithms and ratios of absent genes finite."""
+"""Smallest mean count of a gene per low-resolution pixel: keeps logarithms and ratios of absent genes finite."""
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a method needs; the loader obeys.
+    """The tiles that a method needs.
 
     Parameters
     ----------
     panel
-        Ordered names of the genes that the method was made for.
+        Ordered names of the genes that the method was built for.
     bin_um
         Size of the bins that it predicts, um.
     image_um
-        Size of the image pixels that it reads, um; the image tile covers the same area as the bins.
+        Size of the image pixels that it reads, um. The image tile covers the same area as the bins.
     tile_lr, overlap_lr
-        Side of a prediction tile and least overlap of neighbours, in low-resolution pixels.
+        Side of a prediction tile, and minimum overlap of neighbouring tiles, in low-resolution pixels.
     lr_um
         Pitch of the low-resolution raster, um.
     """
@@ -51,27 +52,27 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tiles with all modalities. b tiles, g genes, p panel genes.
+    """Tiles with all modalities: b tiles, g genes, p panel genes.
 
     Attributes
     ----------
     image
         (b, 3, I, I) uint8, RGB.
     lr
-        (b, g, h, w) float32, counts per low-resolution pixel; zero where nothing was measured.
+        (b, g, h, w) float32, counts per low-resolution pixel; 0 where nothing was measured.
     lr_mask
-        (b, 1, h, w) float32 in [0, 1]: part of each pixel that a spot speaks for.
+        (b, 1, h, w) float32 in [0, 1]: fraction of each pixel that is covered by a spot.
     has_lr
-        (b,) bool: whether the tile's section was measured at all.
+        (b,) bool: whether the tile's section has spots.
     lr_mean
-        (b, g) float32, the section's mean count per measured low-resolution pixel: the scale of each gene in this
-        section, whatever its platform. Where has_lr is false, the method's own statistics stand in.
+        (b, g) float32, mean count per measured low-resolution pixel of the section: each gene's scale, whatever the
+        platform. Where ``has_lr`` is false, the method's own reference replaces it.
     genes
-        (g, p) float32, rows sum to at most 1: each gene as a mixture of panel genes, one-hot inside the panel.
+        (g, p) float32, rows sum to at most 1: each gene as a mixture of panel genes; one-hot for a panel gene.
     names
-        (g,) gene names: the keys of each gene's noise.
+        (g,) gene names; they also key the noise.
     hr
-        (b, g, H, W) counts per bin, float32; None when predicting.
+        (b, g, H, W) float32, counts per bin; None when predicting.
     """
 
     image: torch.Tensor
@@ -84,26 +85,32 @@ class Batch:
     hr: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {
+        """Copy the batch to a device."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors: dict[str, Any] = {
             k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, torch.Tensor)
         }
         return replace(self, **tensors)
 
     def without_lr(self, drop: torch.Tensor) -> Batch:
-        """The batch with the spots of some tiles taken away: ``drop`` (b,) bool."""
+        """Hide the spots of some tiles: ``drop`` (b,) bool."""
         keep = (~drop).to(self.lr.dtype)[:, None, None, None]
         return replace(self, lr=self.lr * keep, lr_mask=self.lr_mask * keep, has_lr=self.has_lr & ~drop)
 
     def of_tiles(self, chosen: slice) -> Batch:
-        """The batch of some of its tiles."""
-        tensors = ("image", "lr", "lr_mask", "has_lr", "lr_mean", "hr")
-        parts = {name: getattr(self, name) for name in tensors}
-        return replace(self, **{name: None if part is None else part[chosen] for name, part in parts.items()})
+        """Select tiles."""
+        return replace(
+            self,
+            image=self.image[chosen],
+            lr=self.lr[chosen],
+            lr_mask=self.lr_mask[chosen],
+            has_lr=self.has_lr[chosen],
+            lr_mean=self.lr_mean[chosen],
+            hr=None if self.hr is None else self.hr[chosen],
+        )
 
     def of_genes(self, chosen: torch.Tensor) -> Batch:
-        """The batch of some of its genes, by index (n,)."""
+        """Select genes by index (n,)."""
         return replace(
             self,
             lr=self.lr[:, chosen],
@@ -113,12 +120,17 @@ class Batch:
             hr=None if self.hr is None else self.hr[:, chosen],
         )
 
+    def truth(self) -> torch.Tensor:
+        """Counts per bin (b, g, H, W) of a training batch."""
+        assert self.hr is not None, "a training batch has counts per bin"
+        return self.hr
+
     def __len__(self) -> int:
         return len(self.image)
 
 
 def lr_mean(lr: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Mean count of each gene (g,) per measured low-resolution pixel: raster (g, h, w), mask (1, h, w)."""
+    """Mean count (g,) of each gene per measured low-resolution pixel, from a raster (g, h, w) and mask (1, h, w)."""
     weight = float(mask.sum())
     if weight == 0:
         return np.zeros(len(lr), np.float32)
@@ -126,7 +138,7 @@ def lr_mean(lr: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def cut(raster: np.ndarray, row: int, column: int, height: int, width: int) -> np.ndarray:
-    """A window (..., height, width) of a raster, zero where it sticks out."""
+    """Cut a window (..., height, width) from a raster; 0 outside the raster."""
     out = np.zeros((*raster.shape[:-2], height, width), raster.dtype)
     top, left = max(row, 0), max(column, 0)
     bottom, right = min(row + height, raster.shape[-2]), min(column + width, raster.shape[-1])
@@ -135,14 +147,3 @@ def cut(raster: np.ndarray, row: int, column: int, height: int, width: int) -> n
             ..., top:bottom, left:right
         ]
     return out
-
-
-def collate(batches: list[Batch]) -> Batch:
-    """Tiles of the same genes as one batch."""
-
-    def joined(name):
-        parts = [getattr(batch, name) for batch in batches]
-        return None if parts[0] is None else torch.cat(parts)
-
-    names = ("image", "lr", "lr_mask", "has_lr", "lr_mean", "hr")
-    return replace(batches[0], **{name: joined(name) for name in names})

@@ -1,10 +1,10 @@
-"""C3-Diff: cross-modal cross-content contrastive diffusion, one gene at a time, guided by H&E.
+"""C3-Diff: cross-modal cross-content contrastive diffusion of one gene at a time, guided by H&E.
 
-The denoiser sees the noisy map of one gene, the image, the low-resolution map and the gene's code; genes are folded
-into the batch. Four encoders give the modality and content features of the image (M_h, C_h, once per tile) and of the
-gene's own low-resolution map (M_y, C_y, once per tile and gene). Their maps condition the denoiser; their unit vectors
-meet in the losses of `stsr.methods.contrastive`, with one gene drawn per tile, so that every negative is another tile.
-Training denoises a few genes of each tile, which share the image's features.
+The inputs of the denoiser are the noisy map of one gene, the image, the low-resolution map and the gene's code; genes
+are folded into the batch. Four encoders compute the modality and content features of the image (M_h, C_h, once per
+tile) and of the gene's low-resolution map (M_y, C_y, once per tile and gene). Their maps condition the denoiser. Their
+unit vectors enter the losses of `stsr.methods.contrastive`, with one gene drawn per tile, so that every negative is
+another tile. A training step denoises a few genes of each tile, which share the image features.
 
 It works in pixel space, on counts as standardised residuals (`stsr.methods.target`).
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -31,6 +32,7 @@ from stsr.methods.contrastive import (
     modal_loss,
 )
 from stsr.methods.diffusion import DiffusionConfig, DiffusionMethod
+from stsr.methods.method import channels_last, check_not_negative, check_positive
 from stsr.methods.target import Residual
 from stsr.nn.blocks import ScalarEmbedding
 from stsr.nn.encoders import GeneEmbedding, ImageEncoder, RasterEncoder
@@ -38,40 +40,33 @@ from stsr.nn.unet import UNet
 
 IMPUTATIONS = ("dynamic", "mean", "zero", "none")
 
-LEAST_TEMPERATURE = (
-    0.01  # as in CLIP (Radford et al. 2021, section 2.5): sharper than this, training is not stable
-)
+LEAST_TEMPERATURE = 0.01  # as in CLIP (Radford et al. 2021, section 2.5): below it, training is unstable
 
 
 @dataclass(frozen=True)
 class C3DiffConfig(DiffusionConfig):
-    """Settings of `C3Diff`, beside those of `DiffusionConfig`.
+    """Settings of `C3Diff`, in addition to those of `DiffusionConfig`.
 
-    The paper's ablations (Table 3) are values here: no augmentation is ``hypersphere_noise = 0``, no term is a weight
-    of 0; for tiles without spots ``imputation`` is ``none`` (dropout alone), ``zero`` (zero padding), ``mean``
-    (arithmetic mean) or ``dynamic`` (theirs).
+    The paper's ablations (table 3) are settings: ``hypersphere_noise = 0`` for no augmentation, a weight of 0 for no
+    such term, and ``imputation`` for tiles without spots.
 
     Parameters
     ----------
-    widths, image_widths
-        Channels of the levels of the denoiser's U-Net, and of the image encoders'.
-    feature_channels, vector_channels
-        Channels of each encoder's map, and length of its unit vector.
-    gene_channels, embedding_channels
-        Length of a gene's code, and of the embedding that steers the U-Net.
+    vector_channels
+        Length of an encoder's unit vector.
     genes_per_tile
-        Genes drawn per training step; they share the image's features.
+        Genes drawn per training step; they share the image features.
     modal_weight, content_weight, inter_weight
-        Weights of the contrastive terms. (Content and inter are the released code's, which never used modal.)
+        Weights of the contrastive terms. Content and inter are as in the released code, which never uses modal.
     temperature
-        Where tau starts from; it is learned. (The released code's.)
+        Initial value of tau, which is learned (as in the released code).
     hypersphere_noise
-        Standard deviation of equation 1's noise; 0 for none. (The released code's.)
+        Standard deviation of the noise of equation 1; 0 for none (as in the released code).
     imputation
-        Low-resolution features of tiles without spots: ``dynamic`` (the paper's), ``mean`` (the same with equal
-        weights), ``zero``, or ``none`` (whatever the encoders make of an empty raster).
+        Low-resolution features of tiles without spots: ``dynamic`` (the paper's), ``mean`` (arithmetic mean), ``zero``
+        (zero padding), or ``none`` (the encoded empty raster, that is, dropout alone).
     imputation_alpha, imputation_beta, imputation_temperature
-        Strength at the start of training for modality and content features, falling to 0; tau1.
+        Strength for modality and content features at the start of training, from where it falls to 0; tau1.
 
     Raises
     ------
@@ -79,12 +74,7 @@ class C3DiffConfig(DiffusionConfig):
         If a value is out of range.
     """
 
-    widths: tuple[int, ...] = (24, 36, 48)
-    image_widths: tuple[int, ...] = (24, 32, 48)
-    feature_channels: int = 32
     vector_channels: int = 64
-    gene_channels: int = 32
-    embedding_channels: int = 128
     genes_per_tile: int = 4
     modal_weight: float = 0.05
     content_weight: float = 0.05
@@ -96,22 +86,18 @@ class C3DiffConfig(DiffusionConfig):
     imputation_beta: float = 1.0
     imputation_temperature: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.imputation not in IMPUTATIONS:
-            raise ValueError(f"imputation is one of {', '.join(IMPUTATIONS)}, not {self.imputation!r}")
-        for name in ("temperature", "imputation_temperature", "genes_per_tile"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        weights = ("modal_weight", "content_weight", "inter_weight", "imputation_alpha", "imputation_beta")
-        for name in ("hypersphere_noise", *weights):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} cannot be negative, as {getattr(self, name)} is")
+            raise ValueError(f"imputation must be one of {', '.join(IMPUTATIONS)}, not {self.imputation!r}")
+        check_positive(self, "temperature", "imputation_temperature", "genes_per_tile")
+        check_not_negative(self, "modal_weight", "content_weight", "inter_weight")
+        check_not_negative(self, "hypersphere_noise", "imputation_alpha", "imputation_beta")
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the image says of each tile: a map (b, c, H, W) for the denoiser, M_h and C_h (b, d) for the losses."""
+    """Image features of each tile: a map (b, c, H, W) for the denoiser, M_h and C_h (b, d) for the losses."""
 
     maps: torch.Tensor
     modality: torch.Tensor
@@ -120,7 +106,7 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class LrFeatures:
-    """What the spots say of each gene: maps (b, g, f, h, w), and M_y and C_y (b, g, d)."""
+    """Low-resolution features of each gene: maps (b, g, f, h, w), and M_y and C_y (b, g, d)."""
 
     modality_maps: torch.Tensor
     content_maps: torch.Tensor
@@ -131,12 +117,18 @@ class LrFeatures:
 class C3Diff(DiffusionMethod):
     """Diffusion of one gene's map at a time, conditioned on image, spots and the gene's code.
 
-    Parameters as `DiffusionMethod`.
+    Parameters are those of `DiffusionMethod`.
     """
 
     Config = C3DiffConfig
+    config: C3DiffConfig
 
-    def __init__(self, config: C3DiffConfig | None = None, panel: tuple[str, ...] = (), reference=None):
+    def __init__(
+        self,
+        config: C3DiffConfig | None = None,
+        panel: tuple[str, ...] = (),
+        reference: np.ndarray | None = None,
+    ):
         super().__init__(config, panel, reference)
         config = self.config
         channels, features, embedding = config.widths[0], config.feature_channels, config.embedding_channels
@@ -157,22 +149,22 @@ class C3Diff(DiffusionMethod):
         self.null_steering = nn.Parameter(torch.zeros(embedding))
         self.null_condition = nn.Parameter(torch.zeros(channels, 1, 1))
 
-        # the sum of these is one convolution over all inputs side by side; apart, only `lift` runs at every step
+        # Together these are one convolution over all inputs; separated, only `lift` runs at every step.
         self.lift = nn.Conv2d(1, channels, 3, padding=1)
         self.mix_image = nn.Conv2d(2 * features, channels, 1)
         self.mix_lr = nn.Conv2d(2 * features, channels, 1, bias=False)  # no bias: zero padding stays zero
         self.mix_base = nn.Conv2d(2, channels, 3, padding=1)
         self.unet = UNet(channels, 1, config.widths, embedding_channels=embedding)
-        self.to(memory_format=torch.channels_last)  # a little quicker on a CPU, more so on a GPU
+        channels_last(self)
 
     @property
     def temperature(self) -> torch.Tensor:
-        """Tau (), learned."""
+        """Tau (), which is learned."""
         return self.log_temperature.exp().clamp_min(LEAST_TEMPERATURE)
 
     def condition(self, batch: Batch) -> ImageFeatures:
-        """The image, encoded: no gene enters."""
-        picture = batch.image.to(self.log_temperature.dtype) / 127.5 - 1  # (b, 3, I, I)
+        """Encode the image, independently of genes."""
+        picture = self.picture(batch)  # (b, 3, I, I)
         modality_maps, modality = self.image_modality(picture)  # (b, f, H, W), (b, d)
         content_maps, content = self.image_content(picture)
         maps = self.mix_image(torch.cat([modality_maps, content_maps], dim=1))  # (b, c, H, W)
@@ -181,14 +173,19 @@ class C3Diff(DiffusionMethod):
     def draw(
         self, batch: Batch, features: ImageFeatures, noise: TileNoise
     ) -> tuple[ImageFeatures, TileNoise]:
-        """Genes have nothing in common but the image and the place of their noise."""
+        """Pass on the image features and the noise, which is all that genes share."""
         return features, noise
 
     @torch.no_grad()
     def predict(
-        self, batch: Batch, noise: TileNoise, features: ImageFeatures | None = None, drawn: None = None
+        self,
+        batch: Batch,
+        noise: TileNoise | None,
+        features: ImageFeatures | None = None,
+        drawn: tuple[ImageFeatures, TileNoise] | None = None,
     ) -> torch.Tensor:
-        """One sample of counts per bin (b, g, H, W); their mean over samples is the expectation."""
+        """Sample counts per bin (b, g, H, W) once; their mean over samples is the expectation."""
+        assert noise is not None, "a sample needs noise"
         residual, conditional = self._conditioned(
             batch, self.condition(batch) if features is None else features
         )
@@ -208,20 +205,20 @@ class C3Diff(DiffusionMethod):
 
     @torch.no_grad()
     def mean(self, batch: Batch, features: ImageFeatures) -> torch.Tensor:
-        """Expected counts (b, g, H, W), in one step of the denoiser."""
+        """Expected counts (b, g, H, W), by one step of the denoiser."""
         residual, conditional = self._conditioned(batch, features)
         like = residual.base.flatten(0, 1)[:, None]  # (b g, 1, H, W)
         return residual.decode(self.denoising.expected(conditional, like).reshape(residual.base.shape))
 
     def vary(self, batch: Batch, mean: torch.Tensor, drawn: tuple[ImageFeatures, TileNoise]) -> torch.Tensor:
-        """One sample; the mean has no part in it."""
+        """Draw one sample; it does not depend on the mean."""
         features, noise = drawn
         return self.predict(batch, noise, features)
 
     def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """``denoise``, ``modal``, ``content`` and ``inter``, unweighted, and their weighted sum ``loss``.
+        """Compute ``denoise``, ``modal``, ``content`` and ``inter``, unweighted, and their weighted sum ``loss``.
 
-        Spots and conditions are dropped, and hypersphere noise is drawn, only in training mode.
+        Spots and conditions are dropped and hypersphere noise is added in training mode only.
         """
         config = self.config
         count = min(config.genes_per_tile, len(batch.names))
@@ -234,9 +231,9 @@ class C3Diff(DiffusionMethod):
         lr = self._encode_lr(batch, steering)
         residual = self.residual(batch)
         condition = self._condition_genes(batch, features, lr, residual.base, progress)  # (b, g, c, H, W)
-        x0 = residual.encode(batch.hr)  # (b, g, H, W)
-        drawn = torch.randint(count, (len(batch),), generator=generator, device=generator.device)
-        drawn = (torch.arange(len(batch)), drawn.to(lr.modality.device))  # one gene per tile
+        x0 = residual.encode(batch.truth())  # (b, g, H, W)
+        genes = torch.randint(count, (len(batch),), generator=generator, device=generator.device)
+        drawn = (torch.arange(len(batch)), genes.to(lr.modality.device))  # one gene per tile
         noise_sd = config.hypersphere_noise if self.training else 0.0
         lr_modality = hypersphere_noise(lr.modality[drawn], noise_sd, generator)  # (b, d)
         lr_content = hypersphere_noise(lr.content[drawn], noise_sd, generator)  # (b, d)
@@ -257,7 +254,7 @@ class C3Diff(DiffusionMethod):
     def denoise(
         self, x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor, steering: torch.Tensor
     ) -> torch.Tensor:
-        """x0 from ``x = x0 + sigma noise``.
+        """Estimate x0 from ``x = x0 + sigma noise``.
 
         Parameters
         ----------
@@ -266,7 +263,7 @@ class C3Diff(DiffusionMethod):
         sigma
             () or (n,).
         condition, steering
-            (n, c, H, W) and (n, e), or anything that broadcasts to them.
+            (n, c, H, W) and (n, e), or broadcastable to them.
 
         Returns
         -------
@@ -281,7 +278,7 @@ class C3Diff(DiffusionMethod):
         return self.denoising.preconditioning.denoised(network, x, sigma)
 
     def _conditioned(self, batch: Batch, features: ImageFeatures) -> tuple[Residual, Denoise]:
-        """The denoiser of these tiles' genes, folded into the batch, and what its x0 means."""
+        """The denoiser of these tiles, with genes folded into the batch, and the residual that decodes its x0."""
         residual = self.residual(batch)
         steering = self.genes(batch.genes, self.scale(batch))  # (b, g, e)
         lr = self._encode_lr(batch, steering)
@@ -291,7 +288,7 @@ class C3Diff(DiffusionMethod):
         return residual, lambda x, sigma: self.denoise(x, sigma, condition, steering)
 
     def _encode_lr(self, batch: Batch, steering: torch.Tensor) -> LrFeatures:
-        """M_y and C_y of each gene's own low-resolution map."""
+        """Compute M_y and C_y of each gene's low-resolution map."""
         relative = (batch.lr / self.scale(batch)[..., None, None]).log1p()  # (b, g, h, w)
         raster = torch.stack([relative, batch.lr_mask.expand_as(relative)], dim=2)  # (b, g, 2, h, w)
         shape = relative.shape[:2]
@@ -304,7 +301,7 @@ class C3Diff(DiffusionMethod):
     def _condition_genes(
         self, batch: Batch, image: ImageFeatures, lr: LrFeatures, base: torch.Tensor, progress: float
     ) -> torch.Tensor:
-        """Everything that the denoiser sees beside noise, per tile and gene: (b, g, c, H, W)."""
+        """Condition of the denoiser for each tile and gene: (b, g, c, H, W)."""
         config, per_lr = self.config, self.requirements.per_lr
         modality, content, present = lr.modality_maps, lr.content_maps, batch.has_lr
         if config.imputation != "none":

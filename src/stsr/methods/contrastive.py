@@ -1,11 +1,11 @@
-"""The equations of C3-Diff that contrast and impute features, as functions of tensors.
+"""Contrastive losses and imputation of C3-Diff, as functions of tensors.
 
 C3-Diff: cross-modal cross-content contrastive diffusion for spatial transcriptomics. M are modality features and C
-content features, of the image (h) and of the low-resolution map (y): unit vectors (b, d), one per sample, where row
-k of each is the same tile. Samples of a minibatch must be different tiles, or negatives are false.
+content features of the image (h) and of the low-resolution map (y): unit vectors (b, d), one per sample, with the same
+tile in row k of each. Samples of a minibatch must be different tiles; otherwise negatives are false.
 
-``present`` (b,) bool says which samples have a low-resolution map; the others' M_y and C_y are no data, and enter
-neither as anchor, nor as positive, nor as negative.
+``present`` (b,) bool marks the samples that have a low-resolution map. M_y and C_y of the others are not used, neither
+as anchor, nor as positive, nor as negative.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def hypersphere_noise(unit: torch.Tensor, noise_sd: float, generator: torch.Gene
     unit
         (b, d) unit vectors.
     noise_sd
-        Standard deviation; 0 gives the vectors back.
+        Standard deviation; 0 returns the vectors unchanged.
     generator
         Source of mu.
 
@@ -53,18 +53,18 @@ def contrast(
     anchor, positive
         z and z+ (n, d).
     negatives
-        z- (n, m, d), or (m, d) for all anchors the same.
+        z- (n, m, d), or (m, d) if the same for all anchors.
     temperature
         tau, positive.
     allowed
-        Which negatives count, (n, m) or (m,) bool; all of them by default.
+        Negatives to include, (n, m) or (m,) bool; all by default.
 
     Returns
     -------
     torch.Tensor
-        (n,), at least 0, and 0 where no negative is allowed.
+        (n,), at least 0; 0 where no negative is allowed.
     """
-    # products and sums rather than a matrix product: autocast would do that in half precision, and tau is small
+    # Products and sums, because autocast would run a matrix product in half precision, and tau is small.
     alike = (anchor * positive).sum(-1, keepdim=True) / temperature  # (n, 1)
     unlike = (anchor[:, None] * negatives).sum(-1) / temperature  # (n, m)
     if allowed is not None:
@@ -80,8 +80,7 @@ def modal_loss(
 ) -> torch.Tensor:
     """L_modal: ``z = M_h^j, z+ = M_h^k (k != j), z- = all M_y``, plus the same with the modalities exchanged.
 
-    What tells the modalities apart belongs in M, whatever the tile. Each direction is the mean over all pairs
-    (j, k).
+    M captures what distinguishes the modalities, whatever the tile. Each direction is the mean over all pairs (j, k).
 
     Parameters
     ----------
@@ -95,7 +94,7 @@ def modal_loss(
     Returns
     -------
     torch.Tensor
-        (), 0 where there is no pair of samples or no negative.
+        (), 0 without a pair of samples or without a negative.
     """
     present = _all_present(image, present)
     everywhere = torch.ones_like(present)
@@ -114,9 +113,9 @@ def content_loss(
     temperature: torch.Tensor | float,
     present: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """L_content: ``z = C_h^j, z+ = C_y^j, z- = C_h^k and C_y^k (k != j)``, plus the same exchanged.
+    """L_content: ``z = C_h^j, z+ = C_y^j, z- = C_h^k and C_y^k (k != j)``, plus the same with the modalities exchanged.
 
-    What the two modalities of a tile share belongs in C.
+    C captures what the two modalities of a tile share.
 
     Parameters
     ----------
@@ -180,16 +179,16 @@ def imputation_weights(
     temperature
         tau1.
     alike
-        False gives every k the same weight: the arithmetic mean, for comparison.
+        False for equal weights, the arithmetic mean, for comparison.
 
     Returns
     -------
     torch.Tensor
-        (b, b), row l the weights of sample l; rows add up to 1, or are 0 where no sample has a map.
+        (b, b), with the weights of sample l in row l; rows sum to 1, or to 0 if no sample has a map.
     """
     cosine = (image[:, None] * image).sum(-1)  # (b, b)
     logits = cosine / temperature if alike else torch.zeros_like(cosine)
-    # a finite floor, as a softmax of nothing but -inf would be nan; the product then makes those rows 0
+    # Finite, because a softmax over -inf only would be NaN; the product then sets those rows to 0.
     return logits.masked_fill(~present, -1e9).softmax(-1) * present
 
 
@@ -198,12 +197,12 @@ def impute(
 ) -> torch.Tensor:
     """Dynamic imputation: ``M_y^l = strength sum_k w_kl M_y^k`` for samples l without a low-resolution map.
 
-    With a strength (the paper's alpha, and beta for C) of 0 this is zero padding.
+    A strength (alpha in the paper, beta for C) of 0 is zero padding.
 
     Parameters
     ----------
     features
-        (b, ...) M_y or C_y; rows that are not present are never read.
+        (b, ...) M_y or C_y; rows that are not present are ignored.
     weights
         (b, b), from `imputation_weights`.
     present
@@ -214,7 +213,7 @@ def impute(
     Returns
     -------
     torch.Tensor
-        Like features; rows that are present are unchanged.
+        Like ``features``; rows that are present are unchanged.
     """
     keep = present.reshape(-1, *[1] * (features.ndim - 1))  # (b, 1, ...)
     known = torch.where(keep, features, 0)
@@ -225,15 +224,15 @@ def impute(
 
 
 def falling(start: float, progress: float) -> float:
-    """Alpha and beta: ``start`` when training begins, falling linearly to 0 at its end (progress 1)."""
+    """Alpha and beta: ``start`` at the start of training, falling linearly to 0 at its end (progress 1)."""
     return start * min(max(1 - progress, 0.0), 1.0)
 
 
 def _all_present(like: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
-    """(b,) bool."""
+    """``present``, or all samples by default: (b,) bool."""
     return torch.ones(len(like), dtype=torch.bool, device=like.device) if present is None else present
 
 
 def _different(samples: torch.Tensor) -> torch.Tensor:
-    """(b, b) bool, true off the diagonal."""
+    """Pairs of different samples: (b, b) bool, true off the diagonal."""
     return ~torch.eye(len(samples), dtype=torch.bool, device=samples.device)

@@ -1,8 +1,7 @@
-"""Corrective diffusion: a regression mean, and a diffusion model of what the mean cannot know.
+"""Corrective diffusion: a regression predicts the mean, a diffusion model the residual.
 
-After Mardani et al. 2025 (CorrDiff, Commun Earth Environ 6:124), who downscale weather so: a regression predicts the
-expected map, a diffusion model the residual. Here the residual lives on a few directions in which genes vary together,
-so one draw serves every gene, in the panel or not.
+The approach is that of Mardani et al. 2025 (CorrDiff, Commun Earth Environ 6:124) for weather downscaling. Here the
+residual has a few directions in which genes vary together, so one draw serves all genes, inside and outside the panel.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,36 +23,37 @@ from stsr.methods.sampling import Sampling
 from stsr.nn.blocks import ScalarEmbedding
 from stsr.nn.unet import UNet
 
-_SPREAD_MEMORY = 0.99  # of the running estimates of the residual's spread and growth
-_NEWTON_STEPS = 4  # to the mode of a bin's posterior; nearly all bins are there after three
+_SPREAD_MEMORY = 0.99  # decay of the running estimates of spread and growth
+_NEWTON_STEPS = 4  # to the mode of a bin's posterior; nearly all bins converge in three
 _TEMPERATURES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _CALIBRATION_BATCHES = 2
-_CALIBRATION_FLOOR = 0.05  # counts per bin, below which a bin says nothing of variances
-_LEVELS = 7  # of the expected total, from e^0 to e^6 counts per bin
-_LEAST_BINS = 20  # that tell a level's spread
-_LARGEST_LOG_CHANGE = 3.0  # a draw changes a gene by at most e^3: beyond it training has seen nothing
+_CALIBRATION_FLOOR = 0.05  # counts per bin; bins that expect less tell little about variances
+_LEVELS = 7  # levels of the expected total, from e^0 to e^6 counts per bin
+_LEAST_BINS = 20  # needed to estimate the spread at a level
+_LARGEST_LOG_CHANGE = 3.0  # a draw changes a gene by at most e^3, about the range seen in training
 
 
 @dataclass(frozen=True)
 class CorrDiffConfig(RegressionConfig):
-    """Settings of `corrdiff`, those of its regression first.
+    """Settings of `corrdiff`, in addition to those of its regression.
 
     Parameters
     ----------
     directions
-        Directions of joint variation of the genes that the diffusion model draws; at most one per gene.
+        Number of directions of joint variation of the genes that the diffusion model samples; at most one per gene.
     denoiser_widths
-        Channels of the denoiser's levels.
+        Channels of the levels of the denoiser.
     residual_from
-        Progress of training from which the residual is learned; before it there is no mean to correct.
+        Training progress (0..1) from which the residual is learned; the mean is learned first.
     residual_weight
         Weight of the diffusion term.
     residual_tiles
-        Tiles of a minibatch that the diffusion term looks at: its targets cost more than the mean does.
+        Tiles of a minibatch that enter the diffusion term, whose targets cost more than the mean.
     condition_dropout
-        Part of the training tiles on which the denoiser sees nothing, for classifier-free guidance.
+        Fraction of training tiles whose condition is dropped, for classifier-free guidance.
     sigma_min, sigma_max, p_mean, p_std
-        Noise levels of sampling and their log-normal in training; the residual has unit spread.
+        Range of noise levels when sampling, and their log-normal distribution in training; the residual has unit
+        spread.
     """
 
     directions: int = 12
@@ -66,7 +67,7 @@ class CorrDiffConfig(RegressionConfig):
     p_mean: float = -0.4
     p_std: float = 1.2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.directions <= self.factors:
             raise ValueError(f"directions must lie in 1..factors ({self.factors}), not {self.directions}")
@@ -76,14 +77,26 @@ class CorrDiff(UNetRegression):
     """Expected counts by regression; samples are the expected counts times exp(loadings x residual).
 
     The residual of a training bin is drawn from its posterior given the bin's counts (`posterior_draw`), so that the
-    counting noise of single bins does not pass for biology.
+    counting noise of single bins is not mistaken for biology.
     """
 
     Config = CorrDiffConfig
+    config: CorrDiffConfig
     samples = True
     knows_mean = True
 
-    def __init__(self, config: CorrDiffConfig, panel: tuple[str, ...], reference=None):
+    turn: torch.Tensor
+    """(factors, directions): from directions to factors; zero until the residual is first learned."""
+    spread: torch.Tensor
+    """(levels, directions): standard deviation of the residual at each level of the expected total."""
+    growth: torch.Tensor
+    """(p,): factor by which exp() of the residual raises a gene's total."""
+    followed: torch.Tensor
+    """(): steps that entered ``spread`` and ``growth``."""
+    temperature: torch.Tensor
+    """(levels,): factor of sampled residuals, from `finish`."""
+
+    def __init__(self, config: CorrDiffConfig, panel: tuple[str, ...], reference: np.ndarray | None = None):
         super().__init__(config, panel, reference)
         width = config.denoiser_widths[0]
         self.directions = min(config.directions, len(self.panel))
@@ -103,7 +116,7 @@ class CorrDiff(UNetRegression):
         self.register_buffer("temperature", torch.ones(_LEVELS))
 
     def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Poisson likelihood of the mean and, once there is one, denoising error of the residual."""
+        """Compute the Poisson loss of the mean and, once the mean is learned, the denoising error of the residual."""
         batch = self.hide_spots(batch, generator)
         factors = self.condition(batch)
         poisson = self.poisson(batch, factors, generator)
@@ -117,14 +130,14 @@ class CorrDiff(UNetRegression):
     def denoising_error(
         self, batch: Batch, factors: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
-        """EDM's weighted squared error (Karras et al. 2022, eq. 2 with Table 1) of the residual."""
+        """Weighted squared error of the denoised residual (EDM: Karras et al. 2022, equation 2 with table 1)."""
         with torch.no_grad():
             rate = self.log_rate(batch, factors).exp()
             if not bool(self.turn.any()):
                 self.turn.copy_(leading_directions(self.loadings, self.reference, self.directions))
             loadings = self.loadings @ self.turn  # (p, r)
             spread = self.spread_at(rate)  # (b, r, H, W)
-            draw = posterior_draw(batch.hr, rate, loadings, spread.movedim(1, -1), generator)
+            draw = posterior_draw(batch.truth(), rate, loadings, spread.movedim(1, -1), generator)
             residual = draw / spread
             if self.training:
                 self.follow(draw, loadings, rate)
@@ -140,16 +153,16 @@ class CorrDiff(UNetRegression):
         return (weight * (denoised - residual) ** 2).mean()
 
     def spread_at(self, rate: torch.Tensor) -> torch.Tensor:
-        """Standard deviation of the residual (b, r, H, W) where so much is expected in all.
+        """Standard deviation of the residual (b, r, H, W) given the expected counts (b, p, H, W).
 
-        It falls with the expected total: a bin with hundreds of counts is known far better than one with none. In
-        these units the residual has a spread of one everywhere, which is what a denoiser learns well.
+        It falls with the expected total, because a bin with hundreds of counts is known far better than an empty one.
+        Divided by it, the residual has unit variance everywhere, as a denoiser needs.
         """
         return torch.einsum("byxl,lr->bryx", _level_weights(rate), self.spread)
 
     def follow(self, draw: torch.Tensor, loadings: torch.Tensor, rate: torch.Tensor) -> None:
-        """Keep the running spread of the residual at each level, and the growth that exp() gives a gene's total."""
-        memory = max(1 - _SPREAD_MEMORY, 1 / (float(self.followed) + 2))  # a plain mean at first
+        """Update the running estimates of ``spread`` and ``growth``."""
+        memory = max(1 - _SPREAD_MEMORY, 1 / (float(self.followed) + 2))  # at first a plain mean
         self.followed += 1
         weights = _level_weights(rate)
         bins = weights.sum((0, 1, 2))[:, None]  # (levels, 1)
@@ -163,15 +176,15 @@ class CorrDiff(UNetRegression):
         self.growth.lerp_(growth, memory)
 
     def guide(self, factors: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
-        """What the denoiser reads (b, factors + 1, H, W): the mean's factors, and how much is expected in all."""
+        """Condition of the denoiser (b, factors + 1, H, W): factors of the mean, and log of the expected total."""
         return torch.cat([factors, torch.log1p(rate.sum(1, keepdim=True))], 1)
 
     def network(self, x: torch.Tensor, c_noise: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
-        """The raw network under the preconditioning."""
+        """The network inside the preconditioning."""
         return self.denoiser(torch.cat([x, guide], 1), self.sigma_embedding(c_noise))
 
-    def draw(self, batch: Batch, features, noise) -> torch.Tensor:
-        """One residual (b, r, H, W) for all genes; ``batch.genes`` is the panel."""
+    def draw(self, batch: Batch, features: torch.Tensor, noise: TileNoise) -> torch.Tensor:
+        """Sample one residual (b, r, H, W) for all genes; ``batch.genes`` is the panel."""
         height, width = features.shape[-2:]
         names = [f"direction {number}" for number in range(self.directions)]
         source = noise.source(names, height, width, features.device)
@@ -187,34 +200,42 @@ class CorrDiff(UNetRegression):
         temperature = (_level_weights(rate) @ self.temperature)[:, None]  # (b, 1, H, W)
         return residual * self.spread_at(rate) * temperature
 
-    def mean(self, batch: Batch, features) -> torch.Tensor:
-        """Expected counts (b, g, H, W) of the regression, free of sampling noise."""
+    def mean(self, batch: Batch, features: torch.Tensor) -> torch.Tensor:
+        """Expected counts (b, g, H, W) of the regression, without sampling."""
         return super().predict(batch, None, features)
 
-    def predict(self, batch, noise, features=None, drawn=None) -> torch.Tensor:
-        """One sample of the expected counts per bin (b, g, H, W)."""
+    def predict(
+        self,
+        batch: Batch,
+        noise: TileNoise | None,
+        features: torch.Tensor | None = None,
+        drawn: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sample the expected counts per bin (b, g, H, W) once."""
         features = self.condition(batch) if features is None else features
-        drawn = self.draw(batch, features, noise) if drawn is None else drawn
+        if drawn is None:
+            assert noise is not None, "a sample needs noise"
+            drawn = self.draw(batch, features, noise)
         return self.vary(batch, self.mean(batch, features), drawn)
 
     def vary(self, batch: Batch, mean: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-        """The mean times what the residual does to each gene."""
+        """Multiply the mean by the effect of the residual on each gene."""
         growth = torch.log(batch.genes @ self.growth + (1 - batch.genes.sum(1)))
         return mean * (self._change(batch, drawn) - growth[None, :, None, None]).exp()
 
     def _change(self, batch: Batch, drawn: torch.Tensor) -> torch.Tensor:
-        """Change of the logarithm of each gene (b, g, H, W)."""
+        """Change of the log counts of each gene (b, g, H, W)."""
         change = torch.einsum("gr,bryx->bgyx", batch.genes @ self.loadings @ self.turn, drawn)
         return change.clamp(-_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE)
 
     @torch.no_grad()
     def finish(self, batches: Iterable[Batch]) -> None:
-        """Calibrate samples on validation tiles: their variance shall be what counts vary beyond Poisson.
+        """Calibrate samples on validation tiles: match their variance to that of the counts beyond Poisson.
 
-        A denoiser of finite training gives residuals with heavier tails than its targets, and exp() makes the most of
-        them where much is expected. So each level of the expected total gets the temperature, a factor of its
-        residuals, that fits there; a gene's variances are divided by its mean, so that not a few genes decide. `growth`
-        is then taken again.
+        After finite training, sampled residuals have heavier tails than their targets, and exp() amplifies them most
+        where expression is high. Each level of the expected total therefore gets a temperature, a factor of its
+        residuals. Variances are divided by the gene's mean, so that a few genes do not dominate. ``growth`` is then
+        estimated again.
         """
         if not bool(self.turn.any()):
             return
@@ -224,7 +245,7 @@ class CorrDiff(UNetRegression):
         for batch in batches:
             mean, drawn = self._calibration(batch)
             weights = _level_weights(mean).cpu()
-            excess += _at_levels((batch.hr - mean) ** 2 - mean, mean, weights)
+            excess += _at_levels((batch.truth() - mean) ** 2 - mean, mean, weights)
             for number, temperature in enumerate(_TEMPERATURES):
                 for one in drawn:
                     sample = mean * self._change(batch, temperature * one).exp()
@@ -236,7 +257,8 @@ class CorrDiff(UNetRegression):
         for batch in batches:
             mean, drawn = self._calibration(batch)
             total += mean.sum((0, 2, 3))
-            grown += sum((mean * self._change(batch, one).exp()).sum((0, 2, 3)) for one in drawn) / len(drawn)
+            sums = [(mean * self._change(batch, one).exp()).sum((0, 2, 3)) for one in drawn]
+            grown += sum(sums[1:], start=sums[0]) / len(drawn)
         self.growth.copy_(grown / total.clamp_min(1e-9))
 
     def _calibration(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -257,7 +279,7 @@ def _calibration_noises(tiles: int) -> list[TileNoise]:
 
 
 def _level_weights(rate: torch.Tensor) -> torch.Tensor:
-    """How much a bin belongs to each level of the expected total: (b, p, H, W) -> (b, H, W, levels), linear between."""
+    """Linear interpolation weights (b, H, W, levels) of each bin between levels of its expected total (b, p, H, W)."""
     place = torch.log1p(rate.sum(1)).clamp(max=_LEVELS - 1.0)  # a level for every factor of e
     levels = torch.arange(_LEVELS, device=rate.device)
     return (1 - (place[..., None] - levels).abs()).clamp_min(0)
@@ -266,8 +288,8 @@ def _level_weights(rate: torch.Tensor) -> torch.Tensor:
 def leading_directions(loadings: torch.Tensor, reference: torch.Tensor, count: int) -> torch.Tensor:
     """Orthonormal directions (factors, count) along which a typical bin's counts vary most.
 
-    The right singular vectors of loadings (p, factors), each gene weighted by the root of its mean count (p,): a
-    change of a factor is as visible as the counting noise of the genes that it moves.
+    These are the right singular vectors of the loadings (p, factors), with each gene weighted by the square root of its
+    mean count (p,): a change then counts relative to the counting noise of the genes it affects.
     """
     _, _, right = torch.linalg.svd(reference.sqrt()[:, None] * loadings, full_matrices=False)
     return right[:count].T
@@ -280,11 +302,11 @@ def posterior_draw(
     spread: torch.Tensor,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """A draw of each bin's residual from its posterior given the bin's counts, in Laplace's approximation.
+    """Draw each bin's residual from its posterior given the bin's counts, in Laplace's approximation.
 
-    For counts ~ Poisson(rate exp(W s)) and s ~ N(0, diag(spread^2)), Newton's method climbs to the mode; there the
-    posterior's precision is ``diag(1 / spread^2) + W^T diag(rate exp(W s)) W``. A step changes no gene by more than a
-    factor of e, for from zero a bin with ten times the expected counts would overshoot far.
+    The model is counts ~ Poisson(rate exp(W s)), s ~ N(0, diag(spread^2)). Newton's method finds the mode, where the
+    posterior has the precision ``diag(1 / spread^2) + W^T diag(rate exp(W s)) W``. A step changes no gene by more than
+    a factor of e; otherwise a bin with ten times the expected counts would overshoot.
 
     Parameters
     ----------
@@ -294,6 +316,8 @@ def posterior_draw(
         W (p, r).
     spread
         (r,) or (b, H, W, r), standard deviation of the prior.
+    generator
+        Source of the draw.
 
     Returns
     -------
@@ -311,7 +335,7 @@ def posterior_draw(
         information = torch.einsum("bpyx,pq->byxq", current, pairs).unflatten(-1, (size, size))
         factor = torch.linalg.cholesky(information + torch.diag_embed(prior))  # (b, H, W, r, r)
         if number == _NEWTON_STEPS:
-            break  # the last round is for the precision at the mode
+            break  # the last round computes the precision at the mode
         slope = torch.einsum("bpyx,pr->byxr", counts - current, loadings) - prior * state
         step = torch.cholesky_solve(slope[..., None], factor)[..., 0]
         length = strongest * step.norm(dim=-1, keepdim=True)

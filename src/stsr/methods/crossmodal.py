@@ -1,4 +1,4 @@
-"""The equations of Diff-ST that join image, spots and genes, as functions of tensors and small modules.
+"""Cross-modal equations of Diff-ST, as functions of tensors and small modules.
 
 Diff-ST: Wang et al. 2024, cross-modal diffusion modelling for super-resolved spatial transcriptomics, arXiv 2404.12973.
 A_h and A_y are feature maps of the image and of the low-resolution maps, (b, c, H, W) on the same raster.
@@ -12,42 +12,44 @@ from torch.nn import functional as F
 
 from stsr.nn.blocks import group_norm
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: grey as an eye sees it
-_GREY_LEVELS = 32  # a patch of 100 um at 10 um per pixel has a hundred pixels to fill them
+_LUMA = (0.299, 0.587, 0.114)  # perceived brightness, ITU-R BT.601
+_GREY_LEVELS = 32  # few enough for a patch of 100 pixels, 100 um at 10 um per pixel
 
 
 def patches(picture: torch.Tensor, across: int) -> torch.Tensor:
-    """A picture (b, 3, I, I) as its ``across`` x ``across`` patches (b, n, 3, i, i), row by row.
+    """Cut an image (b, 3, I, I) into ``across`` x ``across`` patches (b, n, 3, i, i), row by row.
 
     Raises
     ------
     ValueError
-        If the picture cannot be cut so.
+        If the size is not a multiple of ``across``.
     """
     count, channels, height, width = picture.shape
     if height % across or width % across:
-        raise ValueError(f"a picture of {height} x {width} pixels has no {across} x {across} whole patches")
+        raise ValueError(f"an image of {height} x {width} pixels has no {across} x {across} whole patches")
     cut = picture.reshape(count, channels, across, height // across, across, width // across)
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (b, n, 3, i, i)
 
 
 def entropy(patch: torch.Tensor, levels: int = _GREY_LEVELS) -> torch.Tensor:
-    """Shannon entropy of each patch's grey levels, as a part of the largest possible one.
+    """Shannon entropy of the grey levels of each patch, relative to its maximum.
 
     Parameters
     ----------
     patch
         (..., 3, i, i) in [0, 255].
     levels
-        Grey levels told apart.
+        Number of grey levels.
 
     Returns
     -------
     torch.Tensor
-        (...) in [0, 1]: 0 for a plain patch, 1 where every level is as frequent as any other.
+        (...) in [0, 1]: 0 for a uniform patch, 1 if all levels are equally frequent.
     """
     weights = torch.tensor(_LUMA, dtype=torch.float32, device=patch.device)
-    grey = torch.einsum("...cyx,c->...yx", patch.float(), weights).flatten(-2)  # (..., i i)
+    # Autocast would give bfloat16, whose steps above 128 are a whole grey value, and scatter needs one type.
+    with torch.autocast(patch.device.type, enabled=False):
+        grey = torch.einsum("...cyx,c->...yx", patch.float(), weights).flatten(-2)  # (..., i i)
     level = (grey * (levels / 256)).long().clamp(0, levels - 1)
     counts = torch.zeros(*level.shape[:-1], levels, device=patch.device)
     counts.scatter_add_(-1, level, torch.ones_like(grey))
@@ -56,35 +58,35 @@ def entropy(patch: torch.Tensor, levels: int = _GREY_LEVELS) -> torch.Tensor:
 
 
 def curriculum(entropies: torch.Tensor, threshold: float, progress: float) -> torch.Tensor:
-    """Which patches are used: those whose entropy is above a threshold that rises with progress.
+    """Select patches whose entropy is above a threshold that rises with training progress.
 
     Parameters
     ----------
     entropies
         (b, n) from `entropy`.
     threshold
-        At the end of training, and when predicting; it rises in a straight line from 0.
+        Threshold at the end of training and when predicting; it rises linearly from 0.
     progress
         0 at the start of training, 1 at its end.
 
     Returns
     -------
     torch.Tensor
-        (b, n) bool; every sample keeps its richest patch at least, as attention over nothing is no number.
+        (b, n) bool; each sample keeps at least the patch of highest entropy, because attention over none is NaN.
     """
     kept = entropies > threshold * min(max(progress, 0.0), 1.0)
     return kept | (entropies >= entropies.amax(-1, keepdim=True))
 
 
 class CellAttention(nn.Module):
-    """Cell-to-tissue cross-attention: queries from the tissue's features, keys and values from kept patches.
+    """Cell-to-tissue cross-attention: queries from tissue features, keys and values from the selected patches.
 
     Parameters
     ----------
     tissue_channels, cell_channels
-        Channels of the tissue's map and of a patch's feature.
+        Channels of the tissue map and length of a patch's feature vector.
     channels
-        Of queries, keys and values. (The paper's: 128.)
+        Channels of queries, keys and values (128 in the paper).
     """
 
     def __init__(self, tissue_channels: int, cell_channels: int, channels: int = 128):
@@ -95,8 +97,8 @@ class CellAttention(nn.Module):
         self.out = nn.Linear(channels, tissue_channels)
 
     def forward(self, tissue: torch.Tensor, cells: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """(b, t, H, W), (b, n, c), (b, n) bool -> (b, t, H, W): the tissue's features and what cells add to them."""
-        pixels = tissue.movedim(1, -1)  # (b, H, W, t): as maps in channels_last lie
+        """Add attention over cells to tissue features: (b, t, H, W), (b, n, c), (b, n) bool -> (b, t, H, W)."""
+        pixels = tissue.movedim(1, -1)  # (b, H, W, t): contiguous for maps in channels_last
         found = F.scaled_dot_product_attention(
             self.query(pixels.flatten(1, 2)), self.key(cells), self.value(cells), attn_mask=kept[:, None, :]
         )  # (b, H W, channels)
@@ -104,7 +106,7 @@ class CellAttention(nn.Module):
 
 
 class PatchEncoder(nn.Module):
-    """One feature vector for each patch of a picture, by strided convolutions that never look beyond it.
+    """Encode each patch of an image as a feature vector, by strided convolutions inside the patch.
 
     Parameters
     ----------
@@ -113,7 +115,7 @@ class PatchEncoder(nn.Module):
     side
         Pixels along a patch.
     width
-        Channels of the first layer; each further one has twice as many, up to ``channels``.
+        Channels of the first layer; they double in each further layer, up to ``channels``.
     """
 
     def __init__(self, channels: int, side: int, width: int = 16):
@@ -136,8 +138,8 @@ class PatchEncoder(nn.Module):
 class Modulation(nn.Module):
     """Cross-modal adaptive modulation (equation 3), one way: ``A_y' = A_y FC(A_y^T A_h)``.
 
-    Around each pixel stand the a x a pixels of a region. How much each of them in A_y resembles the pixel in A_h
-    becomes, through FC, the weight that it has in the pixel's new feature.
+    The new feature of a pixel is a weighted sum over the a x a pixels of A_y around it. FC computes the weights from
+    the similarity of these pixels to the pixel in A_h.
 
     Parameters
     ----------
@@ -148,19 +150,19 @@ class Modulation(nn.Module):
     def __init__(self, region: int = 3):
         super().__init__()
         if region % 2 == 0:
-            raise ValueError(f"a region has a pixel in its middle, so its side is odd, not {region}")
+            raise ValueError(f"region must be odd, not {region}")
         self.region = region
         self.fc = nn.Linear(region**2, region**2)
         nn.init.zeros_(self.fc.bias)
         with torch.no_grad():
-            self.fc.bias[region**2 // 2] = 1  # at birth each pixel is about what it was
+            self.fc.bias[region**2 // 2] = 1  # initially, each pixel stays about the same
 
     def forward(self, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """A_y and A_h (b, c, H, W) -> A_y' (b, c, H, W)."""
         height, width = own.shape[-2:]
         wide = F.pad(own, (self.region // 2,) * 4, mode="replicate")
-        wide = wide.contiguous(memory_format=torch.channels_last)  # padding forgets it
-        # a region's pixel at a time: side by side they would take a x a times the memory, and longer
+        wide = wide.contiguous(memory_format=torch.channels_last)  # padding loses it
+        # One pixel of the region at a time: unfolding would take a x a times the memory, and more time.
         around = [
             wide[..., row : row + height, column : column + width]
             for row in range(self.region)
@@ -176,16 +178,16 @@ def disentangling_loss(
     unique: tuple[torch.Tensor, torch.Tensor],
     present: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``|S_y - S_h| / |U_y - U_h|``: what is shared shall be alike, and what is unique apart.
+    """``|S_y - S_h| / |U_y - U_h|``: shared features S become similar, unique features U different.
 
-    Of features that have length 1 at each pixel; else the ratio would be won by making S small and U large.
+    Features are normalised to length 1 at each pixel; otherwise small S and large U would minimise the ratio.
 
     Parameters
     ----------
     shared, unique
         (S_y, S_h) and (U_y, U_h), each (b, c, H, W).
     present
-        (b,) bool, the samples that have a low-resolution map; all by default. Others do not count.
+        (b,) bool, the samples with a low-resolution map; all by default. Others are ignored.
 
     Returns
     -------
@@ -193,7 +195,7 @@ def disentangling_loss(
         (), 0 without a sample.
     """
     if present is not None:
-        shared, unique = ([part[present] for part in pair] for pair in (shared, unique))
+        shared, unique = ((pair[0][present], pair[1][present]) for pair in (shared, unique))
     if not len(shared[0]):
         return shared[0].new_zeros(())
     alike, apart = (_distance(*pair) for pair in (shared, unique))
@@ -201,26 +203,26 @@ def disentangling_loss(
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference () of directions."""
+    """Mean absolute difference () of the normalised features."""
     return (F.normalize(a, dim=1) - F.normalize(b, dim=1)).abs().mean()
 
 
 def intensity(expression: torch.Tensor) -> torch.Tensor:
-    """I of the gene graph: expression of gene i in terms of gene j, made symmetric.
+    """I of the gene graph: symmetrised expression intensity of gene i in terms of gene j.
 
     In terms of j, gene i has the intensity ``r_ij = <y_i, y_j> / <y_j, y_j>`` (least squares). The geometric mean of
-    r_ij and r_ji does not depend on the genes' units: it is the cosine of their maps. Rows add up to 1, so that a
-    graph step neither grows nor shrinks with the number of genes.
+    r_ij and r_ji is the cosine of the two maps, independent of units. Rows sum to 1, so that the scale of a graph step
+    does not depend on the number of genes.
 
     Parameters
     ----------
     expression
-        (b, g, n) at least 0: maps of the genes.
+        (b, g, n) maps of the genes, at least 0.
 
     Returns
     -------
     torch.Tensor
-        (b, g, g), at least 0; a row of zeros where a gene has no expression.
+        (b, g, g), at least 0; the row of a gene without expression is 0.
     """
     direction = F.normalize(expression, dim=-1)  # (b, g, n)
     alike = direction @ direction.mT  # (b, g, g)
@@ -230,15 +232,15 @@ def intensity(expression: torch.Tensor) -> torch.Tensor:
 class GeneGraph(nn.Module):
     """Co-expression graph (CIGC, equation 4): ``F_mid = act(I F W)``, ``F_out = a F_mid + (1 - a) F``.
 
-    A node is a gene and its feature the gene's low-resolution map. W mixes places; it is a convolution, the same for
-    all genes, so that tiles may have any size and no place in them is special.
+    The nodes are genes; the features of a node are its low-resolution map. W mixes positions. It is a convolution, the
+    same for all genes, so that tiles can have any size.
 
     Parameters
     ----------
     weight
-        a; 0 leaves the features as they are. (The paper's: 0.2.)
+        a (0.2 in the paper); 0 leaves the features unchanged.
     kernel
-        Side of W, low-resolution pixels, odd.
+        Side of W, low-resolution pixels; odd.
     """
 
     def __init__(self, weight: float = 0.2, kernel: int = 3):

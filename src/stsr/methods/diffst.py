@@ -1,17 +1,18 @@
-"""Diff-ST: cross-modal diffusion of a whole panel jointly, guided by H&E (Wang et al. 2024, arXiv 2404.12973).
+"""Diff-ST: joint cross-modal diffusion of a whole panel, guided by H&E (Wang et al. 2024, arXiv 2404.12973).
 
-Genes are channels of one noisy map. Image and spots become features, modulated by each other and split into what they
-share and what is each one's own (`stsr.methods.crossmodal` has the equations); these condition the denoiser. A gene
-enters and leaves through its row of one table, so that the order of genes does not matter; a gene outside the panel is
-a mixture of panel genes.
+Genes are channels of one noisy map. Image and spots are encoded as features that modulate each other and are split into
+shared and unique ones (equations in `stsr.methods.crossmodal`); these condition the denoiser. Each gene is mapped to
+and from channels by its row of one table, so that the order of genes does not matter. A gene outside the panel is a
+mixture of panel genes.
 
-It works on counts as standardised residuals to the interpolated spots (`stsr.methods.target`).
+It works on counts as standardised residuals from the interpolated spots (`stsr.methods.target`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -31,6 +32,7 @@ from stsr.methods.crossmodal import (
     patches,
 )
 from stsr.methods.diffusion import DiffusionConfig, DiffusionMethod
+from stsr.methods.method import channels_last, check_not_negative, check_positive
 from stsr.nn.blocks import ConvBlock, ScalarEmbedding
 from stsr.nn.encoders import ImageEncoder
 from stsr.nn.unet import UNet
@@ -38,33 +40,24 @@ from stsr.nn.unet import UNet
 
 @dataclass(frozen=True)
 class DiffSTConfig(DiffusionConfig):
-    """Settings of `DiffST`, beside those of `DiffusionConfig`.
+    """Settings of `DiffST`, in addition to those of `DiffusionConfig`.
 
-    The paper's ablations (Table 2) are values here: no cell-to-tissue attention is ``cell_attention = false``, no
-    curriculum ``curriculum = false``, no modulation ``modulation = false``, no disentangling
-    ``disentangling_weight = 0``, no graph ``graph_weight = 0``.
+    The paper's ablations (table 2) are settings: ``cell_attention``, ``curriculum`` and ``modulation`` false,
+    ``disentangling_weight`` and ``graph_weight`` 0.
 
     Parameters
     ----------
     patch_lr
-        Side of a patch of cells, low-resolution pixels. (The paper's: 160 um.)
-    widths, image_widths
-        Channels of the levels of the denoiser's U-Net, and of the image encoder's.
-    feature_channels
-        Channels of each modality's features.
+        Side of an image patch, low-resolution pixels (160 um in the paper).
     attention_channels
-        Channels of queries, keys and values. (The paper's: 128.)
-    gene_channels
-        Length of a gene's row in the table: how many ways a gene can enter and leave.
-    embedding_channels
-        Of the noise level.
+        Channels of queries, keys and values (128 in the paper).
     cell_attention, curriculum, modulation
-        Whether tissue attends to patches of cells, whether only patches of high entropy are kept, and whether the
-        modalities modulate each other.
+        Whether tissue features attend to image patches, whether only patches of high entropy are used, and whether
+        the modalities modulate each other.
     entropy_threshold
-        Entropy (0..1) above which a patch is kept at the end of training; it rises from 0.
+        Entropy (0..1) above which a patch is used at the end of training; it rises from 0.
     region
-        Side of the modulation's region, bins, odd.
+        Side of the region of the modulation, bins; odd.
     disentangling_weight
         Weight of the disentangling loss.
     graph_weight
@@ -78,11 +71,7 @@ class DiffSTConfig(DiffusionConfig):
 
     patch_lr: int = 1
     widths: tuple[int, ...] = (32, 48, 64)
-    image_widths: tuple[int, ...] = (24, 32, 48)
-    feature_channels: int = 32
     attention_channels: int = 64
-    gene_channels: int = 32
-    embedding_channels: int = 128
     cell_attention: bool = True
     curriculum: bool = True
     modulation: bool = True
@@ -91,7 +80,7 @@ class DiffSTConfig(DiffusionConfig):
     disentangling_weight: float = 0.05
     graph_weight: float = 0.2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.patch_lr < 1 or self.tile_lr % self.patch_lr:
             raise ValueError(f"tile_lr ({self.tile_lr}) must be a whole number of patch_lr ({self.patch_lr})")
@@ -99,17 +88,14 @@ class DiffSTConfig(DiffusionConfig):
             raise ValueError(f"region must be odd, not {self.region}")
         for name in ("entropy_threshold", "graph_weight"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} lies between 0 and 1, not at {getattr(self, name)}")
-        if not self.disentangling_weight >= 0:
-            raise ValueError(f"disentangling_weight cannot be negative, as {self.disentangling_weight} is")
-        for name in ("gene_channels", "feature_channels", "attention_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        check_not_negative(self, "disentangling_weight")
+        check_positive(self, "attention_channels")
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a tile is conditioned on.
+    """Features of a tile that condition the denoiser.
 
     Attributes
     ----------
@@ -118,7 +104,7 @@ class Features:
     shared, unique
         (S_y, S_h) and (U_y, U_h), (b, f, H, W) each, for the disentangling loss.
     expected
-        (b, p, H, W) x0 of the panel, expected without sampling; None where the model does not know it.
+        (b, p, H, W) expected x0 of the panel, without sampling; None if the model does not know it.
     """
 
     condition: torch.Tensor
@@ -130,12 +116,18 @@ class Features:
 class DiffST(DiffusionMethod):
     """Diffusion of all genes of the panel as channels of one map, conditioned on image and spots.
 
-    Parameters as `DiffusionMethod`.
+    Parameters are those of `DiffusionMethod`.
     """
 
     Config = DiffSTConfig
+    config: DiffSTConfig
 
-    def __init__(self, config: DiffSTConfig | None = None, panel: tuple[str, ...] = (), reference=None):
+    def __init__(
+        self,
+        config: DiffSTConfig | None = None,
+        panel: tuple[str, ...] = (),
+        reference: np.ndarray | None = None,
+    ):
         super().__init__(config, panel, reference)
         config = self.config
         features, genes, channels = config.feature_channels, config.gene_channels, config.widths[0]
@@ -153,26 +145,20 @@ class DiffST(DiffusionMethod):
         self.spots = nn.Sequential(nn.Conv2d(genes + 1, features, 1), ConvBlock(features, features))
         if config.modulation:
             self.modulate_image, self.modulate_spots = Modulation(config.region), Modulation(config.region)
-        self.shared_image, self.unique_image = (
-            nn.Conv2d(features, features, 1),
-            nn.Conv2d(features, features, 1),
-        )
-        self.shared_spots, self.unique_spots = (
-            nn.Conv2d(features, features, 1),
-            nn.Conv2d(features, features, 1),
-        )
+        self.shared_image, self.unique_image = (nn.Conv2d(features, features, 1) for _ in range(2))
+        self.shared_spots, self.unique_spots = (nn.Conv2d(features, features, 1) for _ in range(2))
         self.mix = nn.Conv2d(4 * features, channels, 1)
 
         self.null_condition = nn.Parameter(torch.zeros(channels, 1, 1))
         self.level = ScalarEmbedding(config.embedding_channels)
         self.enter = nn.Linear(genes, channels, bias=False)
         self.unet = UNet(channels, genes, config.widths, embedding_channels=config.embedding_channels)
-        self.to(memory_format=torch.channels_last)
+        channels_last(self)
 
-    # -------------------------------------------------------------------------------------------- what conditions it
+    # ------------------------------------------------------------------------------------------- conditioning
 
     def condition(self, batch: Batch) -> Features:
-        """Features of tiles whose genes are the panel, and what is expected without sampling."""
+        """Compute features of tiles whose genes are the panel, and the expected x0."""
         features = self.features(batch, progress=1.0)
         if not self.knows_mean:
             return features
@@ -181,7 +167,7 @@ class DiffST(DiffusionMethod):
         return Features(features.condition, features.shared, features.unique, expected)
 
     def features(self, batch: Batch, progress: float) -> Features:
-        """What a tile is conditioned on; the progress of training decides which patches of cells are seen."""
+        """Compute features without the expected x0; training progress selects the image patches."""
         image = self._see(batch, progress)  # A_h (b, f, H, W)
         spots = self._read_spots(batch)  # A_y (b, f, h, w)
         spots = F.interpolate(spots, size=image.shape[-2:], mode="bilinear")  # (b, f, H, W)
@@ -193,19 +179,19 @@ class DiffST(DiffusionMethod):
         return Features(self.mix(torch.cat([*shared, *unique], dim=1)), shared, unique)
 
     def kept_patches(self, batch: Batch, progress: float) -> torch.Tensor:
-        """(b, n) bool: the patches of cells that the tissue may attend to."""
+        """Select the image patches that tissue features can attend to: (b, n) bool."""
         cut = patches(batch.image, self._across(batch))
         threshold = self.config.entropy_threshold if self.config.curriculum else 0.0
         return curriculum(entropy(cut), threshold, progress)
 
     def _across(self, batch: Batch) -> int:
-        """Patches along a side of the tile; a tile that they do not divide is cut more finely."""
+        """Patches along a side of the tile; one per low-resolution pixel if ``patch_lr`` does not divide the tile."""
         side = batch.lr.shape[-1]
         return side // self.config.patch_lr if side % self.config.patch_lr == 0 else side
 
     def _see(self, batch: Batch, progress: float) -> torch.Tensor:
-        """A_h: the tissue, and the cells in it."""
-        picture = batch.image.to(self.table.dtype) / 127.5 - 1  # (b, 3, I, I)
+        """A_h: tissue features with attention over image patches."""
+        picture = self.picture(batch)  # (b, 3, I, I)
         tissue = self.tissue.maps(picture)  # (b, f, H, W)
         if not self.config.cell_attention:
             return tissue
@@ -213,7 +199,7 @@ class DiffST(DiffusionMethod):
         return self.attention(tissue, cells, self.kept_patches(batch, progress))
 
     def _read_spots(self, batch: Batch) -> torch.Tensor:
-        """A_y: the low-resolution maps of all genes, each refined by the genes that behave like it."""
+        """A_y: the low-resolution maps of all genes, refined by co-expressed genes."""
         measured = (batch.lr_mask > 0).to(batch.lr.dtype)
         relative = (batch.lr / self.scale(batch)[..., None, None]).log1p() * measured  # (b, p, h, w)
         relative = relative * self._informative(batch)
@@ -223,22 +209,22 @@ class DiffST(DiffusionMethod):
         return self.spots(torch.cat([self._of_genes(nodes), batch.lr_mask], 1))
 
     def _informative(self, batch: Batch) -> torch.Tensor:
-        """(b, p, 1, 1) weight of a gene's spots: at one count per spot, half of what varies is counting noise."""
+        """Weight (b, p, 1, 1) of a gene's spots: at one count per spot, half of the variance is counting noise."""
         scale = self.scale(batch)[..., None, None]
         return scale / (scale + 1)
 
     def _of_genes(self, maps: torch.Tensor) -> torch.Tensor:
-        """Maps of the panel (b, p, ...) as channels (b, k, ...): each gene adds its row of the table."""
+        """Map genes (b, p, ...) to channels (b, k, ...); each gene adds its row of the table."""
         return torch.einsum("bpyx,pk->bkyx", maps, self.table) / len(self.panel) ** 0.5
 
     def _to_genes(self, maps: torch.Tensor) -> torch.Tensor:
-        """Channels (b, k, ...) as maps of the panel (b, p, ...)."""
+        """Map channels (b, k, ...) to genes (b, p, ...)."""
         return torch.einsum("bkyx,pk->bpyx", maps, self.table) / self.config.gene_channels**0.5
 
     # --------------------------------------------------------------------------------------------------- diffusion
 
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """x0 (b, p, H, W) from ``x = x0 + sigma noise``; sigma () or (b,), condition (b, c, H, W) or (c, 1, 1)."""
+        """Estimate x0 (b, p, H, W) from ``x = x0 + sigma noise``; sigma is () or (b,), condition (b, c, H, W)."""
 
         def network(scaled: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
             entered = self.enter(self._of_genes(scaled).movedim(1, -1)).movedim(-1, 1)  # (b, c, H, W)
@@ -250,9 +236,9 @@ class DiffST(DiffusionMethod):
         return lambda x, sigma: self.denoise(x, sigma, features.condition)
 
     def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """``denoise`` and ``disentangle``, unweighted, and their weighted sum ``loss``.
+        """Compute ``denoise`` and ``disentangle``, unweighted, and their weighted sum ``loss``.
 
-        Spots and conditions are dropped only in training mode.
+        Spots and conditions are dropped in training mode only.
         """
         config = self.config
         batch = batch.without_lr(self.chance(config.lr_dropout, len(batch), generator).to(batch.lr.device))
@@ -262,7 +248,7 @@ class DiffST(DiffusionMethod):
         terms = {
             "denoise": self.denoising.error(
                 lambda x, sigma: self.denoise(x, sigma, condition),
-                self.residual(batch).encode(batch.hr),
+                self.residual(batch).encode(batch.truth()),
                 generator,
             ),
             "disentangle": disentangling_loss(features.shared, features.unique, batch.has_lr),
@@ -272,7 +258,7 @@ class DiffST(DiffusionMethod):
 
     @torch.no_grad()
     def draw(self, batch: Batch, features: Features, noise: TileNoise) -> torch.Tensor:
-        """x0 (b, p, H, W) of the panel, whose genes ``batch`` has: one sample of all genes together."""
+        """Sample x0 (b, p, H, W) of all genes jointly; the genes of ``batch`` are the panel."""
         height, width = features.condition.shape[-2:]
         return self.sampling.walk(
             self._conditional(features),
@@ -285,27 +271,30 @@ class DiffST(DiffusionMethod):
     def predict(
         self,
         batch: Batch,
-        noise: TileNoise,
+        noise: TileNoise | None,
         features: Features | None = None,
         drawn: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One sample of counts per bin (b, g, H, W).
+        """Sample counts per bin (b, g, H, W) once.
 
         Without ``features``, the genes of the batch must be the panel.
         """
         features = self.condition(batch) if features is None else features
-        drawn = self.draw(batch, features, noise) if drawn is None else drawn
+        if drawn is None:
+            assert noise is not None, "a sample needs noise"
+            drawn = self.draw(batch, features, noise)
         return self._decode(batch, drawn)
 
     @torch.no_grad()
     def mean(self, batch: Batch, features: Features) -> torch.Tensor:
-        """Expected counts (b, g, H, W), in one step of the denoiser."""
+        """Expected counts (b, g, H, W), by one step of the denoiser."""
+        assert features.expected is not None, "this model gives a mean only as the average of samples"
         return self._decode(batch, features.expected)
 
     def vary(self, batch: Batch, mean: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-        """One sample; the mean has no part in it."""
+        """Draw one sample; it does not depend on the mean."""
         return self._decode(batch, drawn)
 
     def _decode(self, batch: Batch, x0: torch.Tensor) -> torch.Tensor:
-        """Counts of the batch's genes from x0 of the panel (b, p, H, W)."""
+        """Convert x0 of the panel (b, p, H, W) to counts of the batch's genes."""
         return self.residual(batch).decode(torch.einsum("gp,bpyx->bgyx", batch.genes, x0))

@@ -1,14 +1,14 @@
-"""What every diffusion method shares: its tiles, which noise levels it learns, how they are weighted, how it samples.
+"""Parts that the diffusion methods of both papers share: settings, training noise levels, loss weights, sampling.
 
-Two schedules: ``edm`` (Karras et al. 2022: log-normal sigmas, few steps) and ``ddpm`` (Ho et al. 2020: T steps, t
-uniform, the error of the noise), both of them in the engine's sigma space.
+There are two schedules: ``edm`` (Karras et al. 2022: log-normal sigmas, few steps) and ``ddpm`` (Ho et al. 2020: T
+steps, uniform t, error of the noise). Both work in sigma space.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from stsr.diffusion import (
@@ -20,8 +20,15 @@ from stsr.diffusion import (
     lognormal_sigmas,
     uniform_sigmas,
 )
+from stsr.diffusion.precond import Denoise
 from stsr.methods.batch import Batch, Requirements
-from stsr.methods.method import Method, random_normal
+from stsr.methods.method import (
+    Method,
+    check_not_negative,
+    check_positive,
+    check_probability,
+    random_normal,
+)
 from stsr.methods.sampling import Sampling
 from stsr.methods.target import Residual
 
@@ -30,16 +37,24 @@ SCHEDULES = ("edm", "ddpm")
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Settings of diffusion, the same for each paper.
+    """Settings that both diffusion papers share.
 
     Parameters
     ----------
     bin_um, image_um
-        Size of bins and of the image pixels that are read, um; bins must be whole numbers of image pixels.
+        Size of bins and of image pixels, um; a bin must be a whole number of image pixels.
     tile_lr, overlap_lr
-        Prediction tiles and their least overlap, low-resolution pixels.
+        Side of a prediction tile and minimum overlap, low-resolution pixels.
+    widths, image_widths
+        Channels of the levels of the denoiser's U-Net, and of those of the image encoders.
+    feature_channels
+        Channels of an encoder's feature map.
+    gene_channels
+        Length of a gene's code.
+    embedding_channels
+        Length of the embedding that conditions the denoiser's U-Net.
     lr_dropout
-        Probability, in training, that a tile loses its spots.
+        Probability, in training, that the spots of a tile are hidden.
     smooth_bins
         Standard deviation of the Gaussian that smooths the target, bins; 0 for none.
     sigma_data
@@ -47,17 +62,18 @@ class DiffusionConfig:
     schedule
         ``edm`` or ``ddpm``.
     p_mean, p_std
-        ``edm`` learns ``ln(sigma) ~ N(p_mean, p_std^2)``.
+        ``edm`` trains with ``ln(sigma) ~ N(p_mean, p_std^2)``.
     sigma_min, sigma_max
-        Ends of ``edm``'s schedule when sampling.
+        Range of ``edm``'s schedule when sampling.
     beta_start, beta_end, beta_steps, beta_power
-        ``ddpm``'s variances, see `stsr.diffusion.linear_betas`. (C3-Diff's released code; its "linear" is power 2.)
+        Variances of ``ddpm``, see `stsr.diffusion.linear_betas`. The defaults are those of C3-Diff's released code,
+        whose "linear" is a power of 2.
     mean_share
-        Part of the training maps that start from nothing, the limit of infinite noise. What the denoiser makes of
-        nothing is the expected map: it is then known in one step, and samples are for the spread alone. 0, as in
-        the papers, leaves the mean to be taken over samples.
+        Fraction of training maps that are replaced by zeros, the limit of infinite noise. The denoiser then learns to
+        predict the expected map in one step, and samples are only needed for the spread. With 0, as in the papers,
+        the mean is the average of samples.
     condition_dropout
-        Probability, in training, that a map loses its whole condition, for guidance.
+        Probability, in training, that the condition of a map is dropped, for guidance.
     sampler, steps, guidance
         See `Sampling`.
 
@@ -71,6 +87,11 @@ class DiffusionConfig:
     image_um: float = 10.0
     tile_lr: int = 8
     overlap_lr: int = 3
+    widths: tuple[int, ...] = (24, 36, 48)
+    image_widths: tuple[int, ...] = (24, 32, 48)
+    feature_channels: int = 32
+    gene_channels: int = 32
+    embedding_channels: int = 128
     lr_dropout: float = 0.15
     smooth_bins: float = 1.0
     sigma_data: float = 0.9
@@ -89,7 +110,7 @@ class DiffusionConfig:
     steps: int = 8
     guidance: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ratio = self.bin_um / self.image_um if self.image_um > 0 else 0
         if ratio < 1 or abs(ratio - round(ratio)) > 1e-6:
             raise ValueError(f"bin_um ({self.bin_um}) must be a whole number of image_um ({self.image_um})")
@@ -98,32 +119,25 @@ class DiffusionConfig:
                 f"tiles of {self.tile_lr} low-resolution pixels cannot overlap by {self.overlap_lr}"
             )
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"need 0 < sigma_min < sigma_max, not {self.sigma_min} and {self.sigma_max}")
         if self.beta_steps < 2:
             raise ValueError(f"beta_steps must be at least 2, not {self.beta_steps}")
-        for name in ("sigma_data", "p_std", "beta_power"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if not self.smooth_bins >= 0:
-            raise ValueError(f"smooth_bins cannot be negative, as {self.smooth_bins} is")
-        for name in ("lr_dropout", "mean_share", "condition_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is a probability below 1, not {getattr(self, name)}")
-        linear_betas(
-            self.beta_start, self.beta_end, self.beta_steps, self.beta_power
-        )  # raises for what is no schedule
-        Sampling(self.sampler, self.steps, self.guidance)  # raises for what cannot be sampled
+        check_positive(self, "sigma_data", "p_std", "beta_power", "feature_channels", "gene_channels")
+        check_not_negative(self, "smooth_bins")
+        check_probability(self, "lr_dropout", "mean_share", "condition_dropout")
+        linear_betas(self.beta_start, self.beta_end, self.beta_steps, self.beta_power)  # checks the betas
+        Sampling(self.sampler, self.steps, self.guidance)  # checks the sampling settings
 
 
 class Denoising:
-    """A schedule at work, on any denoiser ``denoise(x, sigma) -> x0`` with x (n, c, H, W).
+    """Train and evaluate any denoiser ``denoise(x, sigma) -> x0``, x (n, c, H, W), on a schedule.
 
     Parameters
     ----------
     config
-        Its settings.
+        Settings of the schedule.
     """
 
     def __init__(self, config: DiffusionConfig):
@@ -134,27 +148,27 @@ class Denoising:
 
     @property
     def sigma_max(self) -> float:
-        """Where sampling starts."""
+        """Largest sigma, from which sampling starts."""
         return self.config.sigma_max if self.config.schedule == "edm" else float(self._table[-1])
 
     def sigmas(self, steps: int) -> torch.Tensor:
-        """The schedule of so many steps (steps + 1,)."""
+        """Sampling schedule (steps + 1,)."""
         c = self.config
         if c.schedule == "edm":
             return karras_sigmas(steps, c.sigma_min, c.sigma_max)
         return ddpm_sigmas(min(steps, c.beta_steps), c.beta_start, c.beta_end, c.beta_steps, c.beta_power)
 
     def loss_weight(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Weight of x0's squared error, shaped like sigma; DDPM's error is that of the noise, (x0 - x0') / sigma."""
+        """Weight of the squared error of x0, shaped like sigma. DDPM uses the error of the noise, error / sigma."""
         return self.preconditioning.loss_weight(sigma) if self.config.schedule == "edm" else sigma**-2
 
     def error(
         self,
-        denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        denoise: Denoise,
         x0: torch.Tensor,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        """Weighted squared error () of x0 (n, c, H, W) at random noise levels; ``mean_share`` of them at none."""
+        """Weighted squared error () of x0 (n, c, H, W) at random sigmas; ``mean_share`` of the inputs are zeros."""
         config, count = self.config, len(x0)
         if config.schedule == "edm":
             sigma = lognormal_sigmas(count, generator, config.p_mean, config.p_std)
@@ -167,33 +181,33 @@ class Denoising:
         noisy = torch.where(blank[:, None, None, None], 0, x0 + wide * noise)
         estimate = denoise(noisy, torch.where(blank, self.sigma_max, sigma))
         error = (estimate - x0).square().mean((1, 2, 3))  # (n,)
-        # a blank map's estimate is all the network's: weighed as where EDM's network has all to say
+        # For zeros, the estimate is the network's output alone: the weight is that of EDM at infinite sigma.
         weight = torch.where(blank, config.sigma_data**-2, self.loss_weight(sigma))
         return (weight * error).mean()
 
-    def expected(self, denoise: Callable, like: torch.Tensor) -> torch.Tensor:
-        """The expectation of x0, shaped like ``like`` (n, c, H, W): what the denoiser makes of nothing."""
+    def expected(self, denoise: Denoise, like: torch.Tensor) -> torch.Tensor:
+        """Expected x0, shaped like ``like`` (n, c, H, W): the denoised map of zeros."""
         return denoise(torch.zeros_like(like), like.new_tensor(self.sigma_max))
 
 
 class DiffusionMethod(Method):
-    """A method that denoises residuals to the interpolated spots (`Residual`).
+    """A method that denoises residuals from the interpolated spots (`Residual`).
 
     Parameters
     ----------
     config
-        Settings; the method's defaults by default.
+        Settings; the defaults of the method if None.
     panel
         Ordered gene names; at least one.
     reference
-        As `Method`.
+        As in `Method`.
 
     Attributes
     ----------
     sampling
-        How to walk from noise to a map when predicting; from the config, and free to be replaced.
+        Sampling settings, from the config; may be replaced when predicting.
     denoising
-        The schedule.
+        Schedule and loss.
 
     Raises
     ------
@@ -202,32 +216,39 @@ class DiffusionMethod(Method):
     """
 
     Config = DiffusionConfig
+    config: DiffusionConfig
     samples = True
 
-    def __init__(self, config: DiffusionConfig | None, panel: tuple[str, ...], reference=None):
+    def __init__(
+        self, config: DiffusionConfig | None, panel: tuple[str, ...], reference: np.ndarray | None = None
+    ):
         config = config or self.Config()
         super().__init__(config, panel, reference)
         if not panel:
-            raise ValueError(f"{type(self).__name__} learns genes by their names, and the panel is empty")
+            raise ValueError(f"the panel is empty; {type(self).__name__} needs at least one gene")
         self.sampling = Sampling(config.sampler, config.steps, config.guidance)
         self.denoising = Denoising(config)
 
     @property
     def requirements(self) -> Requirements:
-        """Tiles as the config has them."""
+        """The tiles of the config."""
         c = self.config
         return Requirements(self.panel, c.bin_um, c.image_um, c.tile_lr, c.overlap_lr)
 
     @property
     def knows_mean(self) -> bool:
-        """Whether training taught the denoiser what to make of nothing."""
+        """Whether the denoiser was trained to predict the expected map in one step."""
         return self.config.mean_share > 0
 
     def residual(self, batch: Batch) -> Residual:
-        """What the denoiser works on, of this batch."""
+        """Base and spread that convert this batch's counts to x0 and back."""
         return Residual.of(batch, self.scale(batch), self.requirements.per_lr, self.config.smooth_bins)
 
+    def picture(self, batch: Batch) -> torch.Tensor:
+        """The image (b, 3, I, I), scaled to [-1, 1]."""
+        return batch.image.to(self.reference.dtype) / 127.5 - 1
+
     def chance(self, probability: float, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Bool (count,), true with this probability in training mode and never otherwise."""
+        """Draw booleans (count,), true with this probability in training mode and never otherwise."""
         chance = torch.rand(count, generator=generator, device=generator.device)
         return chance < (probability if self.training else 0.0)

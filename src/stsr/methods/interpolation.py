@@ -1,44 +1,52 @@
-"""Baselines without an image: the measured spots, interpolated."""
+"""Baselines that interpolate the measured spots and ignore the image."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 
+from stsr.diffusion.noise import TileNoise
+from stsr.methods.batch import Batch
 from stsr.methods.method import Method, interpolated
 
 
 @dataclass(frozen=True)
 class InterpolationConfig:
-    """Nothing to set."""
+    """No settings."""
 
 
 class Interpolation(Method):
-    """Interpolates the low-resolution raster; consistency is the caller's."""
+    """Interpolation of the low-resolution raster; the caller enforces consistency with the spots."""
 
     Config = InterpolationConfig
     learns = False
     mode: ClassVar[str]
 
     def __init__(
-        self, config: InterpolationConfig | None = None, panel: tuple[str, ...] = (), reference=None
+        self,
+        config: InterpolationConfig | None = None,
+        panel: tuple[str, ...] = (),
+        reference: np.ndarray | None = None,
     ):
         super().__init__(config or InterpolationConfig(), panel, reference)
 
-    def predict(self, batch, noise, features=None, drawn=None) -> torch.Tensor:
+    def predict(
+        self, batch: Batch, noise: TileNoise | None, features: None = None, drawn: None = None
+    ) -> torch.Tensor:
         """Interpolated counts per bin (b, g, H, W)."""
         return interpolated(batch, self.scale(batch), self.requirements.per_lr, self.mode)
 
 
 class Bilinear(Interpolation):
-    """Straight lines between low-resolution pixels."""
+    """Linear interpolation between low-resolution pixels."""
 
     mode = "bilinear"
 
 
 class Bicubic(Interpolation):
-    """Cubic interpolation (a = -0.75), cut off at zero."""
+    """Cubic interpolation (a = -0.75), clipped at zero."""
 
     mode = "bicubic"

@@ -1,11 +1,11 @@
-"""The face of a method, regression or diffusion: callers cannot tell which."""
+"""`Method`: the interface that regression and diffusion methods share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -16,30 +16,31 @@ from stsr.diffusion.noise import TileNoise
 from stsr.errors import UsageError, did_you_mean
 from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 class Method(nn.Module, ABC):
-    """Predicts high-resolution counts.
+    """Predict high-resolution counts.
 
-    Subclasses have a frozen dataclass ``Config`` beside them and take ``(config, panel, reference)``.
+    A subclass names its frozen dataclass of settings as ``Config`` and is built from ``(config, panel, reference)``.
 
     Parameters
     ----------
     config
-        The method's own settings.
+        The method's settings.
     panel
         Ordered gene names.
     reference
-        (p,) mean counts per low-resolution pixel in the training sections: what a gene's scale is where nothing was
-        measured. A buffer, so it travels in the checkpoint.
+        (p,) mean counts per low-resolution pixel in the training sections: the scale of a gene where no spots were
+        measured. Kept as a buffer, so the checkpoint stores it.
     """
 
     Config: ClassVar[type]
     learns: ClassVar[bool] = True
-    """False for baselines without parameters: they need no training and no checkpoint."""
+    """False for baselines without parameters, which need no training and no checkpoint."""
     samples: ClassVar[bool] = False
-    """True where two draws of noise give two predictions."""
-    knows_mean: ClassVar[bool] = False
-    """True where `mean` gives the expected counts without sampling."""
+    """True if predictions depend on noise."""
+    reference: torch.Tensor
 
     def __init__(self, config: Any, panel: tuple[str, ...], reference: np.ndarray | None = None):
         super().__init__()
@@ -51,76 +52,87 @@ class Method(nn.Module, ABC):
         )
 
     @property
+    def knows_mean(self) -> bool:
+        """Whether `mean` gives the expected counts without sampling."""
+        return False
+
+    @property
     def requirements(self) -> Requirements:
-        """What the method needs of a batch."""
+        """The tiles that the method needs."""
         return Requirements(self.panel)
 
     def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Terms of the loss, ``"loss"`` their weighted sum.
+        """Compute the terms of the loss; ``"loss"`` is their weighted sum.
 
         Parameters
         ----------
         batch
-            Tiles with ``hr``; its genes are the panel.
+            Tiles with ``hr``, whose genes are the panel.
         progress
             0 at the start of training, 1 at its end.
         generator
-            Where all of the loss's randomness comes from.
+            Source of all random numbers of the loss.
         """
-        raise TypeError(f"{type(self).__name__} has nothing to learn")
+        raise TypeError(f"{type(self).__name__} has no parameters to train")
 
     def finish(self, batches: Iterable[Batch]) -> None:
-        """Whatever is set once, after training, on validation tiles; called on the weights that are kept."""
+        """Calibrate once on validation tiles, after training and with the weights that are kept."""
 
     def condition(self, batch: Batch) -> Any:
-        """Everything about a tile that depends neither on a gene nor on noise; ``batch.genes`` is the panel.
+        """Compute features that depend neither on the gene nor on noise; ``batch.genes`` is the panel.
 
-        Called once per tile; what it returns is handed back to `draw` and `predict`.
+        Called once per tile. The result is passed to `draw`, `predict` and `mean`.
         """
         return None
 
     def draw(self, batch: Batch, features: Any, noise: TileNoise) -> Any:
-        """What a sample has in common for all genes; called once per tile and sample."""
+        """Draw what all genes of a sample share. Called once per tile and sample."""
         return None
 
     @abstractmethod
     def predict(
-        self, batch: Batch, noise: TileNoise, features: Any = None, drawn: Any = None
+        self, batch: Batch, noise: TileNoise | None, features: Any = None, drawn: Any = None
     ) -> torch.Tensor:
-        """Expected counts per bin (b, g, H, W) for the genes of ``batch``, a part of the panel or others.
+        """Predict counts per bin (b, g, H, W) of the genes of ``batch``, inside or outside the panel.
 
         Parameters
         ----------
         noise
-            The same (seed, gene, sample, place) gives the same noise, however the work is cut.
+            Determined by (seed, gene, sample, position), whatever the tiling; not needed if ``drawn`` is given.
         features, drawn
-            What `condition` and `draw` gave for these tiles.
+            Results of `condition` and `draw` for these tiles; computed if not given.
         """
 
     def mean(self, batch: Batch, features: Any) -> torch.Tensor:
-        """Expected counts (b, g, H, W) without sampling, of methods that know them."""
-        raise TypeError(f"{type(self).__name__} has no mean but that of its samples")
+        """Expected counts (b, g, H, W) without sampling; only if `knows_mean`."""
+        raise TypeError(f"{type(self).__name__} gives a mean only as the average of samples")
 
     def vary(self, batch: Batch, mean: torch.Tensor, drawn: Any) -> torch.Tensor:
-        """One sample (b, g, H, W) from the mean and what was drawn, of methods that know their mean."""
-        raise TypeError(f"{type(self).__name__} has no mean to vary")
+        """Turn the mean and the result of `draw` into one sample (b, g, H, W); only if `knows_mean`."""
+        raise TypeError(f"{type(self).__name__} gives a mean only as the average of samples")
 
     def scale(self, batch: Batch) -> torch.Tensor:
-        """Mean counts per low-resolution pixel (b, g) of the batch's genes: the section's own, else the reference."""
+        """Mean counts per low-resolution pixel (b, g): the section's own, or the reference for tiles without spots."""
         mixed = batch.genes @ self.reference  # (g,)
         return torch.where(batch.has_lr[:, None], batch.lr_mean, mixed).clamp_min(PLAIN_DENSITY)
 
 
-def random_normal(shape, generator: torch.Generator, device) -> torch.Tensor:
-    """Standard normals of a shape, drawn where the generator lives."""
+def channels_last(module: Module) -> Module:
+    """Store 4-d weights with channels last, which makes convolutions faster on CPUs and GPUs."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+
+
+def random_normal(
+    shape: Sequence[int], generator: torch.Generator, device: torch.device | str
+) -> torch.Tensor:
+    """Standard normal numbers, drawn on the generator's device and then moved."""
     return torch.randn(shape, generator=generator, device=generator.device).to(device)
 
 
 def interpolated(batch: Batch, scale: torch.Tensor, per_lr: int, mode: str = "bilinear") -> torch.Tensor:
-    """Counts per bin (b, g, H, W) between the spots: what an analyst would draw without an image.
+    """Interpolate the spots to counts per bin (b, g, H, W), without an image.
 
-    Pixels that no spot speaks for take the mean of their surroundings, and the gene's ``scale`` (b, g) where nothing
-    is near.
+    Pixels without a spot take the mean of their neighbours, or the gene's ``scale`` (b, g) where none is near.
     """
     filled = fill_unmeasured(batch.lr, batch.lr_mask, scale)
     up = F.interpolate(filled, scale_factor=per_lr, mode=mode, align_corners=False)
@@ -128,12 +140,12 @@ def interpolated(batch: Batch, scale: torch.Tensor, per_lr: int, mode: str = "bi
 
 
 def fill_unmeasured(lr: torch.Tensor, mask: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Low-resolution raster (b, g, h, w) with its gaps filled from their neighbours, then from the scale (b, g)."""
+    """Fill gaps of a low-resolution raster (b, g, h, w) from neighbouring pixels, then from the scale (b, g)."""
     if bool((mask > 0).all()):
         return lr
     weight = (mask > 0).to(lr.dtype)
     filled, known = lr * weight, weight
-    for _ in range(2):  # two pixels outwards: 200 um, as far as a spot tells anything
+    for _ in range(2):  # two pixels, 200 um: spots further away say little
         total = F.avg_pool2d(filled * known, 3, 1, 1)
         count = F.avg_pool2d(known, 3, 1, 1)
         filled = torch.where(known > 0, filled, total / count.clamp_min(1e-6))
@@ -142,12 +154,12 @@ def fill_unmeasured(lr: torch.Tensor, mask: torch.Tensor, scale: torch.Tensor) -
 
 
 def configured(config_class: type, settings: dict[str, Any]) -> Any:
-    """A config from a mapping, its values checked by the class itself.
+    """Build a config from a mapping; the class checks the values.
 
     Raises
     ------
     UsageError
-        For an unknown key, naming the nearest known one.
+        For an unknown key, naming the nearest known one, or an invalid value.
     """
     known = {field.name: field for field in fields(config_class)}
     for key in settings:
@@ -161,6 +173,27 @@ def configured(config_class: type, settings: dict[str, Any]) -> Any:
         raise UsageError(str(error)) from error
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """Raise ValueError unless these fields are above 0; NaN is not."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+
+
+def check_not_negative(config: Any, *names: str) -> None:
+    """Raise ValueError unless these fields are at least 0; NaN is not."""
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} cannot be negative, but is {getattr(config, name)}")
+
+
+def check_probability(config: Any, *names: str) -> None:
+    """Raise ValueError unless these fields are probabilities below 1."""
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} is a probability below 1, not {getattr(config, name)}")
+
+
 def config_dict(config: Any) -> dict[str, Any]:
-    """A config as plain values, for checkpoints and logs."""
+    """A config as plain values for checkpoints and logs."""
     return asdict(config)

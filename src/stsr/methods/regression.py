@@ -1,20 +1,23 @@
-"""Regression: one U-Net that predicts the expected counts of all genes, and the trunk of `corrdiff`."""
+"""Regression: a U-Net that predicts the expected counts of all genes. `corrdiff` builds on it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from stsr.diffusion.noise import TileNoise
 from stsr.methods.batch import Batch, Requirements
-from stsr.methods.method import Method, interpolated
+from stsr.methods.method import Method, check_positive, check_probability, interpolated
 from stsr.nn.blocks import ConvBlock
 from stsr.nn.unet import UNet
 
 IMAGE_MEAN, IMAGE_SPREAD = 0.7, 0.25
-"""Rough mean and spread of H&E pixels over 0..1; fixed, so that no tile is scaled by its own range."""
+"""Approximate mean and standard deviation of H&E pixels in 0..1; fixed, so that tiles are not rescaled one by one."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +31,22 @@ class RegressionConfig:
     blocks
         Residual blocks per level.
     factors
-        Maps that all genes are mixed from: expression of a panel has low rank, and few free outputs overfit less.
+        Number of maps of which every gene is a mixture. Expression of a panel has low rank, and few outputs overfit
+        less.
     lr_channels
         Channels of the low-resolution encoder.
     dropout
-        Probability, inside the blocks.
+        Dropout probability inside the blocks.
     lr_dropout
-        Part of the training tiles whose spots are hidden, so that sections without spots can be predicted.
+        Fraction of training tiles whose spots are hidden, so that sections without spots can be predicted.
     genes_per_step
-        Genes drawn per training step; the loss of all is its expectation, at a part of the cost.
+        Genes drawn per training step. The loss is an unbiased estimate of the loss over all genes.
     views
-        Orientations (1, 4 or 8) in which a tile is looked at when predicting; their factors are averaged. Tissue has
-        no up and down, and the network's errors differ between views.
+        Orientations (1, 4 or 8) of a tile over which a prediction is averaged. Tissue has no preferred orientation,
+        and the network's errors differ between views.
     tile_lr, overlap_lr
-        Prediction tile and least overlap, low-resolution pixels. Near the training tiles' size, as the group norms'
-        statistics depend on it: tiles of 24 cost 0.01 of PCC at 40 um.
+        Side of a prediction tile and minimum overlap, low-resolution pixels. The size should be close to that of the
+        training tiles, because group norm statistics depend on it: tiles of 24 cost 0.01 of PCC at 40 um.
     """
 
     widths: tuple[int, ...] = (32, 64, 96)
@@ -56,25 +60,24 @@ class RegressionConfig:
     tile_lr: int = 8
     overlap_lr: int = 3
 
-    def __post_init__(self):
-        if not 0 <= self.lr_dropout < 1:
-            raise ValueError(f"lr_dropout is a probability below 1, not {self.lr_dropout}")
-        if self.factors < 1 or self.genes_per_step < 1:
-            raise ValueError("factors and genes_per_step must be at least 1")
+    def __post_init__(self) -> None:
+        check_probability(self, "lr_dropout")
+        check_positive(self, "factors", "genes_per_step")
         if self.views not in (1, 4, 8):
-            raise ValueError(f"views are 1, 4 or 8, not {self.views}")
+            raise ValueError(f"views must be 1, 4 or 8, not {self.views}")
 
 
 class UNetRegression(Method):
     """Expected counts as interpolated spots times exp(loadings x factors), fitted by Poisson likelihood.
 
-    The image and the panel's low-resolution raster give ``factors`` maps; a gene is its loadings on them. A gene
-    outside the panel takes the mixed loadings of panel genes whose spots behave like its own.
+    A U-Net turns the image and the panel's low-resolution raster into ``factors`` maps, and each gene has loadings on
+    them. A gene outside the panel takes a mixture of the loadings of panel genes with similar spots.
     """
 
     Config = RegressionConfig
+    config: RegressionConfig
 
-    def __init__(self, config: RegressionConfig, panel: tuple[str, ...], reference=None):
+    def __init__(self, config: RegressionConfig, panel: tuple[str, ...], reference: np.ndarray | None = None):
         super().__init__(config, panel, reference)
         genes = len(self.panel)
         self.lr_encoder = nn.Sequential(
@@ -87,19 +90,20 @@ class UNetRegression(Method):
         )
         self.loadings = nn.Parameter(torch.randn(genes, config.factors) / config.factors**0.5)
         self.offsets = nn.Parameter(torch.zeros(genes))
-        # What the interpolated base is made of: between spots, around a spot, the section's mean.
+        # Weights of the interpolated spots, their neighbourhood and the section's mean in the base.
         self.base_logits = nn.Parameter(torch.log(torch.tensor([0.9, 0.08, 0.02])).repeat(genes, 1))
 
     @property
     def requirements(self) -> Requirements:
-        """Tiles as the config says."""
+        """The tiles of the config."""
         return Requirements(self.panel, tile_lr=self.config.tile_lr, overlap_lr=self.config.overlap_lr)
 
     def condition(self, batch: Batch) -> torch.Tensor:
-        """Factor maps (b, factors, H, W): of the tile as it is in training, the mean over views in prediction."""
+        """Compute factor maps (b, factors, H, W), averaged over views when predicting."""
         if self.training or self.config.views == 1:
             return self._factors(batch)
-        return sum(self._oriented(batch, view) for view in range(self.config.views)) / self.config.views
+        views = [self._oriented(batch, view) for view in range(self.config.views)]
+        return sum(views[1:], start=views[0]) / self.config.views
 
     def _factors(self, batch: Batch) -> torch.Tensor:
         scale = self.scale(batch)[:, :, None, None]
@@ -114,14 +118,16 @@ class UNetRegression(Method):
         return self.trunk(torch.cat([image, spots], 1)).float()
 
     def _oriented(self, batch: Batch, view: int) -> torch.Tensor:
-        """Factor maps of a tile turned by ``view`` quarter turns (mirrored from 4 on), turned back."""
+        """Factor maps from a tile rotated by ``view`` quarter turns (and mirrored from 4 on), rotated back."""
 
-        def turned(values):
+        def turned(values: torch.Tensor) -> torch.Tensor:
             values = values.flip(-1) if view >= 4 else values
             return torch.rot90(values, view % 4, (-2, -1))
 
-        parts = {name: turned(getattr(batch, name)) for name in ("image", "lr", "lr_mask")}
-        back = torch.rot90(self._factors(replace(batch, **parts)), -(view % 4), (-2, -1))
+        view_batch = replace(
+            batch, image=turned(batch.image), lr=turned(batch.lr), lr_mask=turned(batch.lr_mask)
+        )
+        back = torch.rot90(self._factors(view_batch), -(view % 4), (-2, -1))
         return back.flip(-1) if view >= 4 else back
 
     def log_rate(self, batch: Batch, factors: torch.Tensor) -> torch.Tensor:
@@ -132,7 +138,7 @@ class UNetRegression(Method):
         return torch.log(self.base(batch)) + change
 
     def base(self, batch: Batch) -> torch.Tensor:
-        """What the spots alone say of each bin (b, g, H, W), counts, above zero."""
+        """Expected counts per bin (b, g, H, W) from the spots alone, positive."""
         per_lr = self.requirements.per_lr
         scale = self.scale(batch)
         inside = batch.genes.sum(1, keepdim=True).clamp_min(1e-6)
@@ -148,28 +154,30 @@ class UNetRegression(Method):
         return between * near + around * far + overall * mean
 
     def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Poisson negative log-likelihood per bin, summed over genes."""
+        """Compute the Poisson negative log-likelihood per bin, summed over genes."""
         batch = self.hide_spots(batch, generator)
         factors = self.condition(batch)
         term = self.poisson(batch, factors, generator)
         return {"loss": term, "poisson": term.detach()}
 
     def hide_spots(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """The batch with the spots of a random part of its tiles hidden."""
+        """Hide the spots of randomly chosen tiles."""
         chance = torch.rand(len(batch), generator=generator, device=generator.device)
         return batch.without_lr((chance < self.config.lr_dropout).to(batch.lr.device))
 
     def poisson(self, batch: Batch, factors: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Loss of a random part of the genes, as large as if it were all of them."""
+        """Loss of randomly chosen genes, scaled to the whole panel."""
         genes = len(self.panel)
         order = torch.randperm(genes, generator=generator, device=generator.device)
         part = batch.of_genes(order[: self.config.genes_per_step].to(batch.lr.device))
         log_rate = self.log_rate(part, factors)
         bins = log_rate.shape[0] * log_rate.shape[2] * log_rate.shape[3]
-        total = log_rate.exp().sum() - (part.hr * log_rate).sum()
+        total = log_rate.exp().sum() - (part.truth() * log_rate).sum()
         return total / bins * (genes / len(part.names))
 
-    def predict(self, batch, noise, features=None, drawn=None) -> torch.Tensor:
+    def predict(
+        self, batch: Batch, noise: TileNoise | None, features: torch.Tensor | None = None, drawn: Any = None
+    ) -> torch.Tensor:
         """Expected counts per bin (b, g, H, W)."""
         factors = self.condition(batch) if features is None else features
         return self.log_rate(batch, factors).exp()

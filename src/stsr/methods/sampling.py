@@ -1,4 +1,4 @@
-"""How a diffusion method walks from noise to a map: a choice of whoever predicts, not of whoever trained."""
+"""Sampling settings of a diffusion method: chosen when predicting, independent of training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from stsr.diffusion.samplers import Draw
 
 @dataclass(frozen=True)
 class Sampling:
-    """A sampler, its steps and the weight of guidance.
+    """A sampler, its number of steps and the guidance weight.
 
-    A method holds one as ``method.sampling``; put another there to predict otherwise.
+    A method keeps one as ``method.sampling``; assign another to change how it predicts.
 
     Parameters
     ----------
@@ -26,25 +26,25 @@ class Sampling:
     steps
         Steps from the largest sigma to 0.
     guidance
-        Weight w of classifier-free guidance, ``w D(x | c) + (1 - w) D(x)``: 1 is the conditional denoiser itself
-        and costs half of any other weight but 0.
+        Weight w of classifier-free guidance, ``w D(x | c) + (1 - w) D(x)``. 1 and 0 need one denoiser evaluation per
+        step, other weights two.
 
     Raises
     ------
     ValueError
-        If no sampler has this name, there is no step, or guidance is negative or not finite.
+        If no sampler has this name, steps is below 1, or guidance is negative or not finite.
     """
 
     sampler: str = "dpmpp_2m"
     steps: int = 8
     guidance: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sampler(self.sampler)  # raises for an unknown name
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise ValueError(f"guidance must be a number from 0 up (1: off), not {self.guidance}")
+            raise ValueError(f"guidance must be a finite number, at least 0 (1: off), not {self.guidance}")
 
     def walk(
         self,
@@ -53,17 +53,16 @@ class Sampling:
         draw: Draw,
         schedule: Callable[[int], torch.Tensor],
     ) -> torch.Tensor:
-        """One sample.
+        """Draw one sample.
 
         Parameters
         ----------
         conditional, unconditional
-            ``denoise(x, sigma) -> x0`` with and without the condition; the second is only called where guidance
-            asks for it.
+            ``denoise(x, sigma) -> x0`` with and without the condition; the second is only called if guidance needs it.
         draw
-            ``step -> noise``, shaped like the sample; step 0 is the start.
+            ``step -> noise``, shaped like the sample; sampling starts from step 0.
         schedule
-            ``steps -> sigmas (steps + 1,)`` in the data's units, descending to 0.
+            ``steps -> sigmas (steps + 1,)`` in units of the data, decreasing to 0.
 
         Returns
         -------

@@ -1,19 +1,22 @@
-"""Pieces that networks are made of."""
+"""Embeddings and residual blocks."""
 
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
 
 def frequencies(channels: int, lowest: float = 0.5, highest: float = 32.0) -> torch.Tensor:
     """Geometric frequencies for `fourier_features`: (channels / 2,) float32, radians per unit.
 
-    The ends suit numbers of order one, such as a progress from 0 to 1 or a scaled logarithm: the lowest tells
-    the whole range apart, the highest about a thirtieth of a unit.
+    The default range suits numbers of order one, such as training progress or a scaled logarithm: the lowest frequency
+    covers the whole range, the highest resolves about a thirtieth of a unit.
 
     Raises
     ------
@@ -25,47 +28,41 @@ def frequencies(channels: int, lowest: float = 0.5, highest: float = 32.0) -> to
     return torch.logspace(math.log10(lowest), math.log10(highest), channels // 2)
 
 
-def fourier_features(
-    x: torch.Tensor, channels: int, lowest: float = 0.5, highest: float = 32.0
-) -> torch.Tensor:
+def fourier_features(x: torch.Tensor, radians: torch.Tensor) -> torch.Tensor:
     """Cosines and sines of a number (Vaswani et al. 2017, section 3.5, for numbers of order one).
 
     Parameters
     ----------
     x
         (...), of order one.
-    channels
-        Even.
-    lowest, highest
-        Ends of the geometric frequencies, radians per unit of x.
+    radians
+        (channels / 2,) from `frequencies`, of x's dtype.
 
     Returns
     -------
     torch.Tensor
-        (..., channels) in [-1, 1], of x's dtype.
+        (..., channels) in [-1, 1].
     """
-    return _cos_sin(x, frequencies(channels, lowest, highest).to(x))
-
-
-def _cos_sin(x: torch.Tensor, radians: torch.Tensor) -> torch.Tensor:
     angles = x[..., None] * radians  # (..., channels / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (..., channels)
 
 
 class ScalarEmbedding(nn.Module):
-    """One number per sample (a progress, a logarithm) as an embedding: Fourier features and two layers.
+    """Embed one number per sample, such as training progress, by Fourier features and two layers.
 
     Parameters
     ----------
     channels
         Size of the embedding, even.
     lowest, highest
-        As in `fourier_features`.
+        As in `frequencies`.
     """
+
+    radians: torch.Tensor
 
     def __init__(self, channels: int, lowest: float = 0.5, highest: float = 32.0):
         super().__init__()
-        # a function of the arguments, so it needs no place in a checkpoint
+        # determined by the arguments, so checkpoints need not store it
         self.register_buffer("radians", frequencies(channels, lowest, highest), persistent=False)
         self.mix = nn.Sequential(
             nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, channels), nn.SiLU()
@@ -73,24 +70,24 @@ class ScalarEmbedding(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(b,) -> (b, channels)."""
-        return self.mix(_cos_sin(x, self.radians))
+        return self.mix(fourier_features(x, self.radians))
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm (Wu and He 2018): up to 8 groups, of at least 4 channels each where there are that many."""
+    """GroupNorm (Wu and He 2018) with up to 8 groups of at least 4 channels, where there are that many."""
     groups = max(g for g in range(1, 9) if channels % g == 0 and (g == 1 or channels // g >= 4))
     return nn.GroupNorm(groups, channels)
 
 
-def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with weights and biases of 0, so that at birth it adds nothing."""
+def zeroed(layer: Layer) -> Layer:
+    """Set weights and biases of a layer to 0, so that it adds nothing at first."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 class ConvBlock(nn.Module):
-    """Residual block: twice GroupNorm, SiLU, 3 x 3 convolution; an embedding may scale and shift in between.
+    """Residual block: twice GroupNorm, SiLU and a 3 x 3 convolution; an embedding may scale and shift in between.
 
     Parameters
     ----------
@@ -99,7 +96,7 @@ class ConvBlock(nn.Module):
     embedding_channels
         0 for a block without an embedding.
     dropout
-        Probability, before the second convolution.
+        Dropout probability, before the second convolution.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Encoders: pictures and low-resolution rasters as feature maps and unit vectors, and genes as embeddings."""
+"""Encoders of images and low-resolution rasters (feature maps and unit vectors) and of genes (embeddings)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from stsr.nn.unet import UNet
 
 
 class Projection(nn.Module):
-    """Head that makes one unit vector of a feature map: mean and spread over the map, two layers, length 1.
+    """Head that turns a feature map into one unit vector: mean and standard deviation, two layers, normalisation.
 
-    The spread is there because group norms leave the means of all maps nearly alike: on real tiles, a head of means
-    alone did not begin to tell them apart within 25 steps, and this one did.
+    Group norms leave the means of all maps nearly equal: on real tiles, a head of means alone did not separate them
+    within 25 steps, while one with standard deviations did.
 
     Parameters
     ----------
@@ -38,25 +38,24 @@ class Projection(nn.Module):
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """(b, in_channels, H, W) -> (b, vector_channels) float32, of length 1."""
         mean, variance = maps.mean((-2, -1)), maps.var((-2, -1), correction=0)  # (b, in_channels) each
-        spread = (variance + 1e-5).sqrt()  # a root has no gradient at 0, where a map is flat
+        spread = (variance + 1e-5).sqrt()  # the gradient of the root is infinite at 0, where a map is flat
         vector = self.mix(torch.cat([mean, spread], dim=1))  # (b, vector_channels)
         return F.normalize(vector.float(), dim=-1)
 
 
 class ImageEncoder(nn.Module):
-    """A picture as a feature map on a coarser or equal raster, with context, and as a unit vector.
+    """Encode an image as a feature map on an equal or coarser raster, with context, and as a unit vector.
 
     Parameters
     ----------
     channels
         Channels of the feature map.
     vector_channels
-        Length of the unit vector; 0 for an encoder that is only asked for `maps`.
+        Length of the unit vector; 0 for an encoder of which only `maps` is used.
     factor
-        Picture pixels along one pixel of the feature map. The stem shrinks by its prime factors one after the
-        other.
+        Image pixels along one pixel of the feature map. The stem reduces the image by one prime factor at a time.
     widths
-        Channels of the levels of the U-Net that gathers context.
+        Channels of the levels of the context U-Net.
 
     Raises
     ------
@@ -69,7 +68,7 @@ class ImageEncoder(nn.Module):
     ):
         super().__init__()
         sizes = [3] + [widths[0]] * len(prime_factors(factor))
-        stem = []
+        stem: list[nn.Module] = []
         for prime, (first, second) in zip(prime_factors(factor), pairwise(sizes), strict=True):
             stem += [nn.Conv2d(first, second, prime, stride=prime), group_norm(second), nn.SiLU()]
         self.stem = nn.Sequential(*stem)
@@ -82,12 +81,13 @@ class ImageEncoder(nn.Module):
 
     def forward(self, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(b, 3, factor H, factor W) of order one -> (b, channels, H, W) and (b, vector_channels)."""
+        assert self.project is not None, "built without vector_channels"
         maps = self.maps(picture)
         return maps, self.project(maps)
 
 
 class RasterEncoder(nn.Module):
-    """A small raster as a feature map of its own size and as a unit vector, steered by an embedding.
+    """Encode a small raster as a feature map of the same size and as a unit vector, given an embedding.
 
     Parameters
     ----------
@@ -98,9 +98,9 @@ class RasterEncoder(nn.Module):
     vector_channels
         Length of the unit vector.
     embedding_channels
-        Size of the embedding that scales and shifts within every block.
+        Size of the embedding that scales and shifts inside every block.
     blocks
-        Residual blocks; each sees two pixels further.
+        Residual blocks; each extends the receptive field by two pixels.
     """
 
     def __init__(
@@ -125,12 +125,12 @@ class RasterEncoder(nn.Module):
 
 
 class GeneEmbedding(nn.Module):
-    """What a network is told of a gene: its code, learned, and how abundant it is.
+    """Embed a gene by a learned code and by its abundance.
 
     Parameters
     ----------
     genes
-        Number of genes that have a code of their own.
+        Number of genes with a code.
     code_channels
         Length of a code.
     embedding_channels
@@ -144,14 +144,14 @@ class GeneEmbedding(nn.Module):
         self.abundance = ScalarEmbedding(embedding_channels)
 
     def forward(self, mixtures: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Embeddings of genes as mixtures of those with a code.
+        """Embed genes that are mixtures of genes with a code.
 
         Parameters
         ----------
         mixtures
-            (g, genes), one-hot for a gene with a code.
+            (g, genes); one-hot for a gene with a code.
         scale
-            (b, g) mean counts of each gene, positive.
+            (b, g) mean counts of each gene; positive.
 
         Returns
         -------
@@ -159,12 +159,12 @@ class GeneEmbedding(nn.Module):
             (b, g, embedding_channels).
         """
         code = self.code(mixtures @ self.table)  # (g, embedding_channels)
-        abundance = self.abundance(scale.log().flatten() / 4)  # (b g, ...); a quarter makes it of order one
+        abundance = self.abundance(scale.log().flatten() / 4)  # (b g, ...); divided by 4 to be of order one
         return code + abundance.unflatten(0, scale.shape)
 
 
 def prime_factors(number: int) -> list[int]:
-    """Prime factors in ascending order; none for 1.
+    """Prime factors of a number in ascending order; none for 1.
 
     Raises
     ------
@@ -172,7 +172,7 @@ def prime_factors(number: int) -> list[int]:
         If the number is below 1.
     """
     if number < 1:
-        raise ValueError(f"only numbers from 1 up have prime factors, not {number}")
+        raise ValueError(f"the factor must be at least 1, not {number}")
     factors, prime = [], 2
     while number > 1:
         while number % prime == 0:

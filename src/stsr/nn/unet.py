@@ -1,4 +1,4 @@
-"""A small U-Net."""
+"""A small U-Net for maps of any size."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from stsr.nn.blocks import ConvBlock, group_norm, zeroed
 
 
 class UNet(nn.Module):
-    """U-Net (Ronneberger et al. 2015) of residual blocks, small and quick on a CPU, for maps of any size.
+    """U-Net (Ronneberger et al. 2015) of residual blocks, small and fast on a CPU, for maps of any size.
 
-    Memory format is kept: ``net.to(memory_format=torch.channels_last)`` with an input of the same is the
-    quicker way.
+    It is fastest with weights and input in the channels-last memory format (`stsr.nn.blocks.channels_last`).
 
     Parameters
     ----------
@@ -25,13 +24,13 @@ class UNet(nn.Module):
     widths
         Channels of each level; each level has half the height and width of the one before.
     blocks
-        Residual blocks per level, on the way down and again on the way up.
+        Residual blocks per level, in the encoder and again in the decoder.
     embedding_channels
-        Size of an embedding that scales and shifts within every block; 0 for none.
+        Size of an embedding that scales and shifts inside every block; 0 for none.
     dropout
-        Probability, within every block.
+        Dropout probability, inside every block.
     zero_out
-        Start with an output of 0 everywhere.
+        Initialise the output to 0 everywhere.
 
     Raises
     ------
@@ -51,7 +50,9 @@ class UNet(nn.Module):
     ):
         super().__init__()
         if len(widths) < 1 or blocks < 1:
-            raise ValueError(f"a U-Net needs a level and a block, not {len(widths)} and {blocks}")
+            raise ValueError(
+                f"a U-Net needs at least one level and one block, not {len(widths)} and {blocks}"
+            )
         self.embedding_channels = embedding_channels
         self.factor = 2 ** (len(widths) - 1)
 
@@ -63,7 +64,7 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.encoders = nn.ModuleList(level(width, width) for width in widths)
         self.downs = nn.ModuleList(nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in steps)
-        # 1 x 1 before enlarging: it commutes with nearest enlargement and costs a quarter there
+        # 1 x 1 convolutions commute with nearest-neighbour upsampling; before it they cost a quarter
         self.ups = nn.ModuleList(nn.Conv2d(coarse, fine, 1) for fine, coarse in steps)
         self.decoders = nn.ModuleList(level(2 * fine, fine) for fine, _ in steps)
         head = nn.Conv2d(widths[0], out_channels, 3, padding=1)
@@ -77,7 +78,7 @@ class UNet(nn.Module):
         x
             (b, in_channels, H, W), any H and W.
         embedding
-            (b, embedding_channels), if the network was made with one.
+            (b, embedding_channels), if the network was built with one.
 
         Returns
         -------
@@ -87,10 +88,10 @@ class UNet(nn.Module):
         Raises
         ------
         ValueError
-            If the embedding is missing, or given to a network made without.
+            If the embedding is missing, or given to a network built without.
         """
         if (embedding is not None) != (self.embedding_channels > 0):
-            raise ValueError(f"this U-Net was made with embedding_channels={self.embedding_channels}")
+            raise ValueError(f"this U-Net was built with embedding_channels={self.embedding_channels}")
         height, width = x.shape[-2:]
         right, below = -width % self.factor, -height % self.factor
         if right or below:
@@ -99,7 +100,7 @@ class UNet(nn.Module):
         x = self.stem(x)  # (b, widths[0], H', W')
         skips = []
         for encoder, down in zip(self.encoders, [*self.downs, None], strict=True):
-            for block in encoder:
+            for block in encoder.children():
                 x = block(x, embedding)
             if down is not None:
                 skips.append(x)
@@ -107,6 +108,6 @@ class UNet(nn.Module):
         for decoder, up in zip(reversed(self.decoders), reversed(self.ups), strict=True):
             x = F.interpolate(up(x), scale_factor=2, mode="nearest")  # (b, finer width, double, double)
             x = torch.cat([x, skips.pop()], dim=1)
-            for block in decoder:
+            for block in decoder.children():
                 x = block(x, embedding)
         return self.head(x)[..., :height, :width]

@@ -8,7 +8,15 @@ from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid, add_up
 from stsr.methods.batch import Requirements
 from stsr.verbs.train.augmentation import stained, turned
-from stsr.verbs.train.heldout import Rectangle, choose_block, far_from, widest_gap, window_shares
+from stsr.verbs.train.heldout import (
+    Rectangle,
+    choose_block,
+    far_from,
+    shifts_of,
+    widest_gap,
+    window_shares,
+    window_starts,
+)
 from stsr.verbs.train.tiles import TrainingTiles
 
 NEEDS = Requirements(())
@@ -283,6 +291,39 @@ def test_window_shares_are_means():
     np.testing.assert_allclose(window_shares(mask, starts, 20), expected)
 
 
+def test_rasters_are_shifted_by_whole_image_pixels_and_fit_the_grid():
+    grid = Grid(0, 0, 10, 40, 50)
+    assert shifts_of(grid, 1, NEEDS) == [(0, 0)]
+    assert shifts_of(grid, 2, NEEDS) == [(0, 0), (0, 5), (5, 0), (5, 5)]
+    thirds = shifts_of(
+        grid, 3, Requirements((), bin_um=10, image_um=20)
+    )  # pixels of two bins: 0, 3, 6 -> 0, 2, 6
+    assert thirds == [(row, column) for row in (0, 2, 6) for column in (0, 2, 6)]
+    assert shifts_of(Grid(0, 0, 10, 15, 14), 2, NEEDS) == [(0, 0), (5, 0)]  # a whole pixel must be left
+    assert shifts_of(Grid(0, 0, 10, 14, 15), 2, NEEDS) == [(0, 0), (0, 5)]
+    assert shifts_of(grid, 20, NEEDS) == [(row, column) for row in range(10) for column in range(10)]
+
+
+def test_windows_are_all_that_lie_on_the_raster():
+    grid = Grid(0, 0, 10, 45, 38)  # 4 x 3 low-resolution pixels, and 4 x 3 of a raster that starts at (5, 8)
+    assert window_starts(grid, (0, 0), 3, 10).tolist() == [[0, 0], [10, 0]]
+    assert window_starts(grid, (5, 8), 3, 10).tolist() == [[5, 8], [15, 8]]
+    assert window_starts(grid, (6, 8), 3, 10).tolist() == [[6, 8]]
+    assert window_starts(grid, (0, 0), 2, 10).tolist() == [[r, c] for r in (0, 10, 20) for c in (0, 10)]
+    assert not len(window_starts(grid, (0, 9), 3, 10))
+
+
+@pytest.mark.parametrize("rows", [(0, 20), (60, 80), (0, 80)])
+@pytest.mark.parametrize("columns", [(0, 20), (40, 60), (0, 60)])
+def test_the_block_is_the_corner_or_end_that_holds_the_tissue(rows, columns):
+    expected = Rectangle(rows[0], columns[0], rows[1], columns[1])
+    tissue = np.zeros((80, 60), bool)
+    expected.paint(tissue)
+    starts = window_starts(Grid(0, 0, 10, 80, 60), (0, 0), 2, 10)
+    found = choose_block(tissue, starts, 20, 1.0, [], 10)
+    assert found == (None if tissue.all() else expected)
+
+
 def test_no_block_where_nothing_would_be_left():
     starts = np.array([[0, 0], [0, 10], [10, 0], [10, 10]])
     assert choose_block(np.ones((40, 40), bool), starts, 30, 0.2, [], 10) is None
@@ -305,7 +346,7 @@ def _without(name):
         (FakeSection, {"depths": [0.0]}, "above 0"),
         (FakeSection, {"tile_lr": 30}, "smaller train_tile_lr"),
         (lambda: FakeSection(lr=(4, 4)), {"tile_lr": 3}, "--val 0"),
-        (FakeSection, {"regions": {"two": {}}}, "no section here"),
+        (FakeSection, {"regions": {"two": {}}}, "not one of the sections"),
         (FakeSection, {"regions": {"one": {"exlude": []}}}, "exclude or validation"),
         (FakeSection, {"regions": {"one": {"exclude": [[0, 0, 1]]}}}, "in um"),
         (FakeSection, {"regions": {"one": {"exclude": [[5, 0, 1, 1]]}}}, "empty"),

@@ -1,1 +1,1 @@
-"""``stsr train``."""
+"""``stsr train``: train a method on sections with counts per bin."""

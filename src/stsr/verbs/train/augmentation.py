@@ -1,4 +1,4 @@
-"""Ways to show a tile anew: turned, mirrored, in other colours."""
+"""Augmentation of training tiles: rotations, mirroring and stain variation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def turned(array: np.ndarray, turn: int) -> np.ndarray:
-    """One of the eight ways to turn and mirror the last two axes; 0 leaves them."""
+    """Rotate and mirror the last two axes in one of eight ways; 0 leaves them unchanged."""
     array = np.rot90(array, turn % 4, axes=(-2, -1))
     return array[..., ::-1] if turn >= 4 else array
 
@@ -15,7 +15,7 @@ _ORDERS: dict[tuple[int, int], np.ndarray] = {}
 
 
 def turned_places(side: int, turn: int) -> np.ndarray:
-    """(side * side,) the place that each bin of a window takes when it is turned."""
+    """New position (side * side,) of each bin of a window when it is rotated by ``turn``."""
     if (side, turn) not in _ORDERS:
         order = np.empty(side * side, np.int64)
         order[turned(np.arange(side * side).reshape(side, side), turn).ravel()] = np.arange(side * side)
@@ -24,7 +24,7 @@ def turned_places(side: int, turn: int) -> np.ndarray:
 
 
 def stained(image: np.ndarray, gains: np.ndarray | None) -> np.ndarray:
-    """The image (3, y, x) uint8 with each colour's optical density, -log(I / 255), times its gain."""
+    """Multiply the optical density, -log(I / 255), of each channel of an image (3, y, x) uint8 by its gain."""
     if gains is None:
         return image
     light = np.arange(256) / 255

@@ -1,4 +1,4 @@
-"""Settings of training, and how a flat list of settings finds its config."""
+"""Settings of training, and how config files and ``key=value`` settings are resolved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stsr.errors import StsrError, UsageError, did_you_mean
-from stsr.methods.method import configured
+from stsr.methods.method import Method, check_not_negative, check_positive, configured
 from stsr.verbs.train.section import SPOT_KINDS
 
 _GROUPS = ("train", "method")
@@ -17,49 +17,50 @@ _GROUPS = ("train", "method")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How any method is trained; starting values are ours.
+    """Settings of training, the same for all methods.
 
     Parameters
     ----------
     steps
-        Steps of the optimiser.
+        Number of optimiser steps.
     batch
         Tiles per step.
     learning_rate, warmup, final_rate
-        AdamW's rate rises over ``warmup`` steps and falls as a cosine to ``final_rate`` of itself.
+        The learning rate of AdamW rises linearly over ``warmup`` steps, then falls as a cosine to the fraction
+        ``final_rate``.
     weight_decay
-        AdamW's, on matrices and kernels; biases, norms and other vectors have none.
+        Weight decay of AdamW on matrices and kernels; biases, norms and other vectors have none.
     grad_clip
-        Largest norm of the gradient; 0 for any.
+        Maximum norm of the gradient; 0 for no limit.
     ema_decay
-        Of the running mean of the weights that is validated and kept; shorter at the start.
+        Decay of the averaged weights, which are validated and kept; smaller at the start.
     train_tile_lr
         Side of a training tile, low-resolution pixels.
     genes
-        0 for all genes that the sections share, a number for the most expressed, or names.
+        0 for all genes that the sections share, a number for the most highly expressed, or names.
     spots
-        Kinds of simulated spots to learn from.
+        Kinds of simulated spots.
     phases, depths, stain, flips, tissue, gap_lr
         As in `stsr.verbs.train.tiles.TrainingTiles`.
     validate_every, validation_tiles
-        Steps between validations, and how many tiles at most.
+        Steps between validations, and maximum number of validation tiles.
     log_every
-        Steps between lines of the log.
+        Steps between log lines.
     save_every, save_seconds
-        The state is saved after so many steps or seconds, whichever comes first.
+        Steps or seconds after which the state is saved, whichever comes first.
     select
-        ``"best"`` keeps the weights of the best validation, ``"last"`` the last ones.
+        ``"best"`` keeps the weights with the smallest validation loss, ``"last"`` the last ones.
     storage
         ``"float32"``, or ``"float16"`` for a checkpoint of half the size.
     bf16, compile
-        On CUDA: autocast, and torch.compile (pays for some thousand steps or more).
+        On CUDA: bfloat16 autocast, and torch.compile (worthwhile from some thousand steps).
     prefetch
-        Batches made ahead in a thread of their own; the result does not depend on it.
+        Batches prepared ahead in a separate thread; the result does not depend on it.
 
     Raises
     ------
     ValueError
-        If a value makes no sense.
+        If a value is out of range.
     """
 
     steps: int = 2000
@@ -90,46 +91,38 @@ class TrainConfig:
     compile: bool = False
     prefetch: int = 2
 
-    def __post_init__(self):
-        positive = (
-            "steps",
-            "batch",
-            "learning_rate",
-            "train_tile_lr",
-            "phases",
-            "validate_every",
-            "log_every",
-        )
-        for name in (*positive, "save_every", "save_seconds", "validation_tiles"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "grad_clip", "gap_lr", "stain", "prefetch"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be below 0, it is {getattr(self, name)}")
+    def __post_init__(self) -> None:
+        check_positive(self, "steps", "batch", "learning_rate", "train_tile_lr", "phases", "validate_every")
+        check_positive(self, "log_every", "save_every", "save_seconds", "validation_tiles")
+        check_not_negative(self, "warmup", "weight_decay", "grad_clip", "gap_lr", "stain", "prefetch")
         for name in ("final_rate", "tissue"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a part, from 0 to 1, not {getattr(self, name)}")
+                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and below 1, not {self.ema_decay}")
         if isinstance(self.genes, int) and self.genes < 0:
-            raise ValueError(f"genes is a number of genes or their names, not {self.genes}")
+            raise ValueError(f"genes must be a number of genes or their names, not {self.genes}")
         if not self.spots or set(self.spots) - set(SPOT_KINDS):
-            raise ValueError(f"spots are {' or '.join(SPOT_KINDS)}, not {', '.join(self.spots) or 'nothing'}")
+            raise ValueError(
+                f"spots must be {' or '.join(SPOT_KINDS)}, not {', '.join(self.spots) or 'nothing'}"
+            )
         if not self.depths or not all(0 < depth <= 1 for depth in self.depths):
-            raise ValueError(f"depths are parts of the transcripts, above 0 and up to 1, not {self.depths}")
+            raise ValueError(
+                f"depths must be fractions of the transcripts, above 0 and at most 1, not {self.depths}"
+            )
         if self.select not in ("best", "last"):
-            raise ValueError(f"select is best or last, not {self.select!r}")
+            raise ValueError(f"select must be best or last, not {self.select!r}")
         if self.storage not in ("float32", "float16"):
-            raise ValueError(f"storage is float32 or float16, not {self.storage!r}")
+            raise ValueError(f"storage must be float32 or float16, not {self.storage!r}")
 
 
 def read_config(config: Mapping | str | Path | None) -> dict[str, Any]:
-    """A mapping, or a TOML file as one.
+    """Read settings from a mapping or a TOML file.
 
     Raises
     ------
     UsageError
-        If there is no such file, or it is no TOML.
+        If there is no such file, or it is not a TOML file.
     """
     if config is None:
         return {}
@@ -141,27 +134,31 @@ def read_config(config: Mapping | str | Path | None) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"there is no config at {path}; check --config") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no TOML ({error}); write lines such as: steps = 2000") from None
+        raise UsageError(f"{path} is not a TOML file ({error}); write lines such as: steps = 2000") from None
     except OSError as error:
         raise StsrError(f"{path} cannot be read ({error.strerror}); check --config") from error
 
 
-def resolve(method: type, config: Mapping[str, Any], settings: Sequence[str]) -> tuple[Any, TrainConfig]:
-    """The method's config and the training's, from tables, flat keys and ``key=value`` lines; later ones win.
+def resolve(
+    method: type[Method], config: Mapping[str, Any], settings: Sequence[str]
+) -> tuple[Any, TrainConfig]:
+    """Build the configs of the method and of training from tables, flat keys and ``key=value`` lines.
+
+    Later values override earlier ones.
 
     Parameters
     ----------
     method
-        The class; its ``Config`` has the method's settings.
+        The method's class.
     config
         ``{"train": {...}, "method": {...}}``, flat keys, or both.
     settings
-        ``"key=value"``; ``train.key`` or ``method.key`` where both have the key.
+        ``"key=value"``; ``train.key=value`` or ``method.key=value`` if both have the key.
 
     Raises
     ------
     UsageError
-        For an unknown key, naming the nearest known one, or an impossible value.
+        For an unknown key, naming the nearest known one, or an invalid value.
     """
     classes = {"train": TrainConfig, "method": method.Config}
     chosen: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
@@ -179,13 +176,13 @@ def resolve(method: type, config: Mapping[str, Any], settings: Sequence[str]) ->
     for line in settings:
         key, equals, text = line.partition("=")
         if not equals:
-            raise UsageError(f"{line!r} is no setting; write it as key=value")
+            raise UsageError(f"{line!r} is not a setting; write it as key=value")
         put(key.strip(), _parsed(text.strip()))
     return configured(method.Config, chosen["method"]), configured(TrainConfig, chosen["train"])
 
 
 def _home(key: str, classes: dict[str, type]) -> tuple[str, str]:
-    """(group, name) of a key."""
+    """Group (train or method) and name of a key."""
     group, dot, name = key.partition(".")
     if not dot:
         group, name = "", key
@@ -203,7 +200,7 @@ def _home(key: str, classes: dict[str, type]) -> tuple[str, str]:
 
 
 def _parsed(text: str) -> Any:
-    """A value as TOML writes it, a comma list, or else a plain word."""
+    """Parse a value: TOML, a comma-separated list, or else a plain word."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -215,12 +212,12 @@ def _default(config_class: type, name: str) -> Any:
 
 
 def _fitting(name: str, value: Any, default: Any) -> Any:
-    """The value in the type of the default.
+    """Convert a value to the type of the default.
 
     Raises
     ------
     UsageError
-        If it is of another.
+        If it has another type.
     """
     if name == "genes" and not isinstance(value, bool) and isinstance(value, (int, str, list, tuple)):
         return value if isinstance(value, int) else tuple([value] if isinstance(value, str) else value)

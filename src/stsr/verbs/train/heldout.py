@@ -1,20 +1,20 @@
-"""Which part of a section may be learned from: rectangles kept apart, and windows that do not come near them."""
+"""Separate training, validation and excluded areas of a section."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from stsr.errors import UsageError
 from stsr.geometry.grid import Grid
 from stsr.methods.batch import Requirements
+from stsr.store.section import Section
 
-_SNAP = 1e-6  # bins; closer than this to a bin's edge is on the edge
-_LEFT_OVER = 0.75  # part of the training tiles that an automatic gap must leave
-_COVERED = 0.99  # of a tile must lie in the image
+_SNAP = 1e-6  # bins; a coordinate this close to the edge of a bin is on the edge
+_LEFT_OVER = 0.75  # fraction of the training tiles that an automatic gap must leave
+_COVERED = 0.99  # fraction of a tile that must lie in the image
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class Rectangle:
 
     @classmethod
     def of_um(cls, bounds_um: Sequence[float], grid: Grid) -> Rectangle:
-        """All bins that ``(x0, y0, x1, y1)``, um, touches.
+        """All bins that the rectangle ``(x0, y0, x1, y1)``, um, touches.
 
         Raises
         ------
         UsageError
-            If these are not the bounds of an area.
+            If these are not bounds of a rectangle.
         """
         try:
             x0, y0, x1, y1 = (float(value) for value in bounds_um)
         except (TypeError, ValueError):
-            raise UsageError(f"a region is [x0, y0, x1, y1] in um, not {bounds_um!r}") from None
+            raise UsageError(f"a region must be [x0, y0, x1, y1] in um, not {bounds_um!r}") from None
         if not (x1 > x0 and y1 > y0):
             raise UsageError(
                 f"the region {list(bounds_um)} is empty; give [x0, y0, x1, y1] in um with x1 > x0, y1 > y0"
@@ -51,24 +51,24 @@ class Rectangle:
         )
 
     def meets(self, starts: np.ndarray, side: int, gap: int = 0) -> np.ndarray:
-        """Whether windows (n, 2) of ``side`` bins come nearer to it than ``gap`` bins: (n,) bool."""
+        """Whether windows (n, 2) of ``side`` bins are closer to the rectangle than ``gap`` bins: (n,) bool."""
         row, column = starts.T
         rows = (row < self.bottom + gap) & (row + side > self.top - gap)
         return rows & (column < self.right + gap) & (column + side > self.left - gap)
 
     def holds(self, starts: np.ndarray, side: int) -> np.ndarray:
-        """Whether windows (n, 2) of ``side`` bins lie in it whole: (n,) bool."""
+        """Whether windows (n, 2) of ``side`` bins lie inside the rectangle: (n,) bool."""
         row, column = starts.T
         rows = (row >= self.top) & (row + side <= self.bottom)
         return rows & (column >= self.left) & (column + side <= self.right)
 
     def paint(self, mask: np.ndarray) -> None:
-        """Set its bins of ``mask`` (height, width) to True."""
+        """Set the bins of the rectangle in ``mask`` (height, width) to True."""
         mask[max(self.top, 0) : max(self.bottom, 0), max(self.left, 0) : max(self.right, 0)] = True
 
 
 def window_shares(mask: np.ndarray, starts: np.ndarray, side: int) -> np.ndarray:
-    """Part of each window (n, 2) of ``side`` bins that is True in ``mask`` (height, width): (n,)."""
+    """Fraction of each window (n, 2) of ``side`` bins that is True in ``mask`` (height, width): (n,)."""
     total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int64)
     total[1:, 1:] = mask.cumsum(0, dtype=np.int64).cumsum(1)
     row, column = starts.T
@@ -82,7 +82,7 @@ def window_shares(mask: np.ndarray, starts: np.ndarray, side: int) -> np.ndarray
 
 
 def far_from(starts: np.ndarray, side: int, apart: Sequence[Rectangle], gap: int) -> np.ndarray:
-    """Whether windows (n, 2) of ``side`` bins keep ``gap`` bins from all rectangles: (n,) bool."""
+    """Whether windows (n, 2) of ``side`` bins are at least ``gap`` bins from all rectangles: (n,) bool."""
     far = np.ones(len(starts), bool)
     for rectangle in apart:
         far &= ~rectangle.meets(starts, side, gap)
@@ -90,10 +90,9 @@ def far_from(starts: np.ndarray, side: int, apart: Sequence[Rectangle], gap: int
 
 
 def widest_gap(starts: np.ndarray, side: int, apart: Sequence[Rectangle], per_lr: int) -> int:
-    """A gap, bins: a whole tile, or on small sections as much as leaves three quarters of the windows.
+    """Choose a gap, bins: one tile, or on small sections the largest that leaves three quarters of the windows.
 
-    A gap of a tile around a corner takes most of a section of 2 mm. It is never less than 100 um, and no spot reaches
-    further.
+    A gap of one tile would take most of a section of 2 mm. The gap is at least 100 um, and no spot is larger.
     """
     without = far_from(starts, side, apart, 0).sum()
     for gap in range(side, per_lr, -per_lr):
@@ -105,28 +104,27 @@ def widest_gap(starts: np.ndarray, side: int, apart: Sequence[Rectangle], per_lr
 def choose_block(
     tissue: np.ndarray, starts: np.ndarray, side: int, part: float, excluded: Sequence[Rectangle], per_lr: int
 ) -> Rectangle | None:
-    """A block at a corner or an end of the section that holds ``part`` of its tissue.
+    """Choose a block at a corner or an end of the section that contains the fraction ``part`` of its tissue.
 
-    Of all corners and ends the one that leaves most training windows at a gap of 100 um, so the choice needs no
-    random numbers.
+    It is the one that leaves the most training windows at a gap of 100 um; the choice is not random.
 
     Parameters
     ----------
     tissue
-        (height, width) bool; whole low-resolution pixels.
+        (height, width) bool.
     starts
-        Windows (n, 2) that could be learned from.
+        Windows (n, 2) that could be used for training.
     side
-        Of the windows, bins; a block is at least as large.
+        Side of the windows, bins; a block is at least as large.
     part
-        Of the tissue, 0..1.
+        Fraction of the tissue, 0..1.
     excluded
-        Rectangles that the block must not meet.
+        Excluded rectangles; a block must contain a window outside them.
 
     Returns
     -------
     Rectangle or None
-        None if no block leaves anything to learn from.
+        None if no block leaves a training window.
     """
     height, width = tissue.shape
     wanted = part * tissue.sum()
@@ -149,7 +147,7 @@ def choose_block(
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a section's tiles lie.
+    """Positions of a section's tiles.
 
     Attributes
     ----------
@@ -160,7 +158,7 @@ class Plan:
     tissue
         (height, width) bool.
     excluded
-        What must never be seen.
+        Rectangles that are not used at all.
     shifts
         First bins (row, column) of the low-resolution rasters.
     starts
@@ -168,10 +166,10 @@ class Plan:
     held_out
         First bins (n, 2) of the validation tiles, on the unshifted raster.
     gap_lr
-        Between the two, low-resolution pixels.
+        Gap between training tiles and the other areas, low-resolution pixels.
     """
 
-    section: Any
+    section: Section
     grid: Grid
     tissue: np.ndarray
     excluded: list[Rectangle]
@@ -181,7 +179,7 @@ class Plan:
     gap_lr: int
 
     def seen(self, margin: int) -> np.ndarray:
-        """(height, width) bool: all bins but the excluded ones and ``margin`` bins around them."""
+        """All bins except the excluded ones and ``margin`` bins around them: (height, width) bool."""
         hidden = np.zeros(self.grid.shape, bool)
         for each in self.excluded:
             wide = Rectangle(each.top - margin, each.left - margin, each.bottom + margin, each.right + margin)
@@ -189,7 +187,7 @@ class Plan:
         return ~hidden
 
     def training_area(self, side: int) -> np.ndarray:
-        """Tissue (height, width) that training tiles of ``side`` bins show on the unshifted raster."""
+        """Tissue covered by training tiles of ``side`` bins on the unshifted raster: (height, width) bool."""
         area = np.zeros(self.grid.shape, bool)
         for row, column in self.starts[0].tolist():
             area[row : row + side, column : column + side] = True
@@ -197,27 +195,29 @@ class Plan:
 
 
 def plan_section(
-    section,
+    section: Section,
     requirements: Requirements,
+    *,
     regions: dict,
     tile_lr: int,
     val: float,
     gap_lr: int,
-    least_tissue: float,
+    tissue: float,
     phases: int,
 ) -> Plan:
-    """Where a section's tiles lie; nothing but masks is read. Parameters are those of `TrainingTiles`."""
+    """Place the tiles of a section, reading only its masks. Parameters are those of `TrainingTiles`."""
+    assert section.image is not None, "check_section comes first"
     grid = section.grid(requirements.bin_um)
     per_lr = requirements.per_lr
     side = tile_lr * per_lr
-    tissue = _tissue_of(section, grid)
+    mask = _tissue_of(section, grid)
     covered = section.image.covered(grid)
     excluded = [Rectangle.of_um(bounds, grid) for bounds in regions.get("exclude", ())]
 
     def usable(starts: np.ndarray) -> np.ndarray:
         if not len(starts):
             return starts
-        enough = window_shares(tissue, starts, side) >= least_tissue
+        enough = window_shares(mask, starts, side) >= tissue
         return starts[enough & (window_shares(covered, starts, side) >= _COVERED)]
 
     shifts = shifts_of(grid, phases, requirements)
@@ -226,7 +226,7 @@ def plan_section(
     if "validation" in regions:
         blocks = [Rectangle.of_um(bounds, grid) for bounds in regions["validation"]]
     elif val and len(first):
-        block = choose_block(tissue, first, side, val, excluded, per_lr)
+        block = choose_block(mask, first, side, val, excluded, per_lr)
         blocks = [] if block is None else [block]
     else:
         blocks = []
@@ -237,18 +237,19 @@ def plan_section(
     apart = excluded + blocks
     gap = gap_lr * per_lr or widest_gap(first, side, apart, per_lr)
     starts = [window[far_from(window, side, apart, gap)] for window in windows]
-    return Plan(section, grid, tissue, excluded, shifts, starts, held_out, gap // per_lr)
+    return Plan(section, grid, mask, excluded, shifts, starts, held_out, gap // per_lr)
 
 
-def _tissue_of(section, grid: Grid) -> np.ndarray:
-    """Where tissue is (height, width): the section's mask, else everything that was measured."""
+def _tissue_of(section: Section, grid: Grid) -> np.ndarray:
+    """Tissue mask of the section, or everything that was measured if it has none: (height, width) bool."""
+    assert section.hr is not None, "check_section comes first"
     measured = np.zeros(grid.shape, bool)
     Rectangle.of_um(section.hr.grid.bounds_um, grid).paint(measured)
     return measured if section.tissue is None else measured & section.tissue.read(grid)
 
 
 def _block(corner: int, size: int, height: int, width: int) -> Rectangle:
-    """0-3: squares in the corners; 4-7: bands at the ends."""
+    """Blocks 0 to 3 are squares at the corners, 4 to 7 bands at the ends."""
     tall, wide = min(size, height), min(size, width)
     if corner < 4:
         top = 0 if corner < 2 else height - tall
@@ -262,7 +263,7 @@ def _block(corner: int, size: int, height: int, width: int) -> Rectangle:
 
 
 def shifts_of(grid: Grid, per_axis: int, requirements: Requirements) -> list[tuple[int, int]]:
-    """Where low-resolution rasters start, bins: ``per_axis`` shifts in y and in x, on whole image pixels."""
+    """First bins of the low-resolution rasters: ``per_axis`` shifts in y and in x, by whole image pixels."""
     step = max(1, round(requirements.image_um / requirements.bin_um))
     starts = sorted({number * requirements.per_lr // per_axis // step * step for number in range(per_axis)})
 
@@ -278,7 +279,7 @@ def shifts_of(grid: Grid, per_axis: int, requirements: Requirements) -> list[tup
 
 
 def window_starts(grid: Grid, shift: tuple[int, int], side_lr: int, per_lr: int) -> np.ndarray:
-    """First bins (n, 2) of all windows of ``side_lr`` low-resolution pixels of a raster that starts at ``shift``."""
+    """First bins (n, 2) of all windows of ``side_lr`` low-resolution pixels on a raster that starts at ``shift``."""
     height, width = ((size - start) // per_lr for size, start in zip(grid.shape, shift, strict=True))
     rows, columns = np.arange(height - side_lr + 1), np.arange(width - side_lr + 1)
     return np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2) * per_lr + np.array(shift)

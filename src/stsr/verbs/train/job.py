@@ -1,8 +1,9 @@
-"""What one training is: the method, its settings and its data, and where each step's random numbers come from."""
+"""What one training run consists of: method, settings, data, and the random numbers of each step."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -15,18 +16,37 @@ from stsr.device import resolve_device
 from stsr.errors import UsageError
 from stsr.methods import DEFAULT_METHOD, method_class
 from stsr.methods.method import Method, config_dict
+from stsr.progress import Progress
 from stsr.store.section import open_section
 from stsr.verbs.train.config import TrainConfig, read_config, resolve
 from stsr.verbs.train.section import check_section
 from stsr.verbs.train.tiles import TrainingTiles
 from stsr.version import __version__
 
-_NEUTRAL = ("prefetch", "save_every", "save_seconds", "log_every")  # settings that leave the result as it is
+_NEUTRAL = ("prefetch", "save_every", "save_seconds", "log_every")  # settings that do not affect the result
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is trained, on what, and how."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """A resolved training run.
+
+    Attributes
+    ----------
+    name, method
+        The method's name and class.
+    method_config, config
+        Settings of the method and of training.
+    tiles
+        Training and validation tiles.
+    device
+        Where the network is trained.
+    seed
+        Determines all random numbers.
+    init
+        A checkpoint to start from, or None.
+    settings
+        Everything that the result depends on, JSON-able.
+    """
 
     name: str
     method: type[Method]
@@ -36,39 +56,63 @@ class Job:
     device: torch.device
     seed: int
     init: Path | None
-    """A checkpoint whose weights are the start."""
-    settings: dict
-    """All that the result depends on, JSON-able."""
+    settings: dict[str, Any]
 
     def generator(
         self, purpose: str, number: int, device: torch.device | str | None = None
     ) -> torch.Generator:
-        """Random numbers of one step: a function of the seed, so a resumed run draws what an unbroken one does."""
+        """Random numbers of one step, determined by the seed, so that a resumed run draws the same ones."""
         return torch.Generator(device or self.device).manual_seed(self.number(purpose, number))
 
     def number(self, purpose: str, number: int) -> int:
-        """A seed of its own for each purpose and step."""
+        """A separate seed for each purpose and step."""
         name = f"{self.seed}/{purpose}/{number}".encode()
         return int.from_bytes(blake2b(name, digest_size=7).digest(), "little")
 
+    def autocast(self) -> torch.autocast:
+        """Half precision on CUDA, if the config asks for it."""
+        on = self.device.type == "cuda" and self.config.bf16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
 
-def make_job(sections, method, config, settings, steps, val, regions, device, seed, init, progress) -> Job:
-    """Resolve everything and read the sections; arguments as `stsr.verbs.train.verb.train` has them."""
+
+def make_job(
+    sections: Sequence[str | Path],
+    *,
+    method: str | None,
+    config: Mapping[str, Any] | str | Path | None,
+    settings: Sequence[str],
+    steps: int | None,
+    val: float,
+    regions: dict | str | Path | None,
+    device: str,
+    seed: int,
+    init: str | Path | None,
+    progress: Progress,
+) -> TrainingJob:
+    """Resolve all settings and read the sections; parameters are those of `stsr.train`.
+
+    Raises
+    ------
+    UsageError
+        If a setting is unknown or invalid, or ``init`` does not fit.
+    StsrError
+        If a section cannot be used for training.
+    """
     if not sections:
-        raise UsageError("there is nothing to learn from; name at least one section")
+        raise UsageError("no section was given; name at least one section")
     name = method or DEFAULT_METHOD
     chosen = method_class(name)
     if not chosen.learns:
-        raise UsageError(f"{name} has nothing to learn; use it as it is: stsr superres STORE --method {name}")
+        raise UsageError(
+            f"{name} has nothing to learn; use it without training: stsr superres STORE --method {name}"
+        )
     extra = [] if steps is None else [f"train.steps={steps}"]
     method_config, training = resolve(chosen, read_config(config), [*settings, *extra])
     where = resolve_device(device)
     regions = _read_regions(regions)
     opened = [open_section(path) for path in sections]
     progress(0, 1, f"reading {len(opened)} section{'s' if len(opened) > 1 else ''}")
-    requirements = chosen(
-        method_config, ("gene",)
-    ).requirements  # a method tells what it needs whatever its panel
+    requirements = chosen(method_config, ("gene",)).requirements  # the same for every panel
     for section in opened:
         check_section(section, requirements)
     tiles = TrainingTiles(
@@ -79,10 +123,13 @@ def make_job(sections, method, config, settings, steps, val, regions, device, se
         val=val,
         regions=regions,
         seed=seed,
-        **{
-            key: getattr(training, key)
-            for key in ("spots", "gap_lr", "tissue", "phases", "depths", "stain", "flips")
-        },
+        spots=training.spots,
+        gap_lr=training.gap_lr,
+        tissue=training.tissue,
+        phases=training.phases,
+        depths=training.depths,
+        stain=training.stain,
+        flips=training.flips,
         validation_tiles=training.validation_tiles,
     )
     whole = {
@@ -98,18 +145,25 @@ def make_job(sections, method, config, settings, steps, val, regions, device, se
     }
     if init is not None:
         whole["init"] = _check_init(Path(init), name, tiles.panel)
-    start = None if init is None else Path(init)
-    return Job(
-        name, chosen, method_config, training, tiles, where, seed, start, json.loads(json.dumps(whole))
+    return TrainingJob(
+        name=name,
+        method=chosen,
+        method_config=method_config,
+        config=training,
+        tiles=tiles,
+        device=where,
+        seed=seed,
+        init=None if init is None else Path(init),
+        settings=json.loads(json.dumps(whole)),
     )
 
 
 def _check_init(path: Path, name: str, panel: tuple[str, ...]) -> str:
-    """The digest of a checkpoint that this training can start from."""
+    """Check that training can start from a checkpoint, and return its digest."""
     header = checkpoint.describe(path)
     if header["method"] != name:
         raise UsageError(
-            f"{path} is a {header['method']}; go on with --method {header['method']}, or without --init"
+            f"{path} is a {header['method']} model; train with --method {header['method']}, or without --init"
         )
     if tuple(header["panel"]) != tuple(panel):
         raise UsageError(f"{path} has another panel than these sections share; train without --init")
@@ -122,14 +176,16 @@ def _read_regions(regions: dict | str | Path | None) -> dict:
     try:
         read = json.loads(Path(regions).read_text())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{regions} is no JSON of regions ({error}); see stsr train --help") from None
+        raise UsageError(
+            f"{regions} is not a JSON file of regions ({error}); see stsr train --help"
+        ) from None
     if not isinstance(read, dict):
-        raise UsageError(f'{regions} must hold {{"section": {{"exclude": [[x0, y0, x1, y1]]}}}}, in um')
+        raise UsageError(f'{regions} must contain {{"section": {{"exclude": [[x0, y0, x1, y1]]}}}}, in um')
     return read
 
 
-def described(job: Job) -> dict:
-    """Resolved settings and sizes: what a dry run prints and the run's folder keeps."""
+def described(job: TrainingJob) -> dict[str, Any]:
+    """Resolved settings and sizes, as a dry run prints them and the run's folder keeps them."""
     method = job.method(job.method_config, job.tiles.panel, job.tiles.reference)
     return {
         "method": job.name,

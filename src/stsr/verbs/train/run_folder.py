@@ -1,4 +1,4 @@
-"""A run: the folder beside a model in which its training is logged and saved, so that it can go on after a kill."""
+"""The folder beside a model that holds the log and the state of its training, from which training resumes."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from stsr.methods.method import Method
 
 @dataclass
 class State:
-    """Everything that training needs to go on as if it had never stopped.
+    """Everything that training needs to resume exactly.
 
-    Random numbers need no state: every step draws from the seed and its own number.
+    Random numbers have no state: those of a step are determined by the seed and the step.
 
     Attributes
     ----------
     method, ema
-        The network in training, and the running mean of its weights.
+        The network in training, and its copy with averaged weights.
     optimizer
         AdamW.
     step
-        Steps done.
+        Completed steps.
     best, best_step, best_weights
-        Least validation loss so far, where it was, and the running mean there.
+        Smallest validation loss so far, its step, and the averaged weights at that step.
     pending
-        Sums of the loss's terms since the last line of the log, and under ``"steps"`` of how many.
+        Sums of the loss terms since the last log line; their number is under ``"steps"``.
     seconds
-        Time spent so far.
+        Training time so far.
     """
 
     method: Method
@@ -50,7 +50,7 @@ class State:
     seconds: float = 0.0
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write the state; the file appears whole or not at all."""
         tensors = {f"best/{key}": tensor for key, tensor in self.best_weights.items()}
         for part, module in (("method", self.method), ("ema", self.ema)):
             tensors |= {f"{part}/{key}": tensor for key, tensor in module.state_dict().items()}
@@ -67,7 +67,7 @@ class State:
         write_tensors(path, tensors, header)
 
     def restore(self, path: Path) -> None:
-        """Take over what `save` wrote.
+        """Restore a state that `save` wrote.
 
         Raises
         ------
@@ -87,7 +87,7 @@ class State:
             parameters = dict(self.method.named_parameters())
             for key, tensor in parts["optimizer"].items():
                 name, _, of = key.partition("/")
-                # Moments take the memory layout of their parameter; AdamW counts its steps on the CPU.
+                # Moments have the memory layout of their parameter; AdamW keeps its step count on the CPU.
                 like = torch.empty_like(parameters[of]) if name != "step" else torch.empty_like(tensor)
                 self.optimizer.state[parameters[of]][name] = like.copy_(tensor)
             self.step, self.best, self.best_step = header["step"], header["best"], header["best_step"]
@@ -96,11 +96,11 @@ class State:
             }
             self.seconds = header["seconds"]
         except (KeyError, RuntimeError, TypeError) as error:
-            raise StsrError(f"{path} does not fit this training; start anew with --overwrite") from error
+            raise StsrError(f"{path} does not fit this training; start over with --overwrite") from error
 
 
-class Run:
-    """The folder: ``config.json``, ``log.jsonl`` and, until it is finished, ``state.safetensors``.
+class RunFolder:
+    """The folder with ``config.json``, ``log.jsonl`` and, until training is finished, ``state.safetensors``.
 
     Parameters
     ----------
@@ -117,12 +117,12 @@ class Run:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """One process at a time.
+        """Reserve the folder for this process.
 
         Raises
         ------
         StsrError
-            If another one is at it, or the place cannot be written to.
+            If another process trains this model, or the folder cannot be written to.
         """
         fresh = not self.path.exists()
         try:
@@ -131,42 +131,42 @@ class Run:
                 handle = open(self.path / "lock", "w")  # noqa: SIM115 - closed below, after the work
         except (FileExistsError, NotADirectoryError) as error:
             raise UsageError(
-                f"{self.path} cannot be made, as a file is in its way; move that or give another --output"
+                f"{self.path} cannot be created because a file has this name; move it or give another --output"
             ) from error
         with handle:
             if not lock(handle):
-                raise StsrError(f"another stsr is training {self.output}; wait until it is done")
+                raise StsrError(f"another stsr process is training {self.output}; wait until it is done")
             try:
                 yield
             except BaseException:
-                if fresh and not self.state_path.exists():  # nothing in it to go on from
+                if fresh and not self.state_path.exists():  # nothing to resume from
                     shutil.rmtree(self.path, ignore_errors=True)
                 raise
 
     def check(self, settings: dict | None, overwrite: bool) -> bool:
-        """Whether to go on (True) or to begin (False).
+        """Decide whether to resume (True) or to start (False).
 
         Parameters
         ----------
         settings
-            All that the result depends on; None if that is not known yet, which checks only what needs no data.
+            Everything that the result depends on; None before the data are read, for a first check.
         overwrite
             Whether a finished model or another run may be replaced.
 
         Raises
         ------
         UsageError
-            If something is in the way.
+            If the model exists, or an unfinished run has other settings.
         """
         record = self._record()
         if record is None or record.get("finished"):
             if self.output.exists() and not overwrite:
                 known = record is not None and settings == record.get("settings")
-                state = "is trained already, with these settings" if known else "exists"
+                state = "is already trained with these settings" if known else "exists"
                 if settings is None and record is not None:
-                    return False  # the data tells whether it is the same; refused then
+                    return False  # checked again once the data are read
                 raise UsageError(
-                    f"{self.output} {state}; add --overwrite to train it anew or give another --output"
+                    f"{self.output} {state}; add --overwrite to train it again or give another --output"
                 )
             return False
         if settings is None or (overwrite and settings != record.get("settings")):
@@ -175,18 +175,18 @@ class Run:
             other = _differences(record.get("settings") or {}, settings)
             raise UsageError(
                 f"{self.path} holds an unfinished run with other {', '.join(other)}; "
-                "add --overwrite to start anew or give another --output"
+                "add --overwrite to start over or give another --output"
             )
         return True
 
     def begin(self, settings: dict, details: dict) -> None:
-        """Start with an empty log."""
+        """Start a run with an empty log."""
         for path in (self.state_path, self.log_path):
             path.unlink(missing_ok=True)
         self._write({"settings": settings, "finished": False, **details})
 
     def resume(self, state: State) -> None:
-        """Restore the last saved state, if there is one, and forget what the log says of later steps."""
+        """Restore the last saved state, if there is one, and drop later lines of the log."""
         if self.state_path.exists():
             try:
                 state.restore(self.state_path)
@@ -200,12 +200,12 @@ class Run:
             temporary.write_text("".join(line + "\n" for line in kept))
 
     def log(self, line: dict) -> None:
-        """Append a line."""
+        """Append a line to the log."""
         with disk_errors(self.output), open(self.log_path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def finish(self) -> None:
-        """Mark it as finished; the state is no longer needed."""
+        """Mark the run as finished and remove its state."""
         self._write({**(self._record() or {}), "finished": True})
         self.state_path.unlink(missing_ok=True)
 
@@ -221,7 +221,7 @@ class Run:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of the log; a line that was cut short counts as the future."""
+    """The step of a log line; infinity for a truncated line."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
@@ -229,7 +229,7 @@ def _step_of(line: str) -> float:
 
 
 def _differences(old: dict, new: dict) -> list[str]:
-    """Names of what differs, one level deep."""
+    """Names of settings that differ, one level deep."""
     found = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)

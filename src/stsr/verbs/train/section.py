@@ -1,9 +1,9 @@
-"""One section as training reads it: counts, image and simulated spots in memory, tiles cut in milliseconds."""
+"""A section in memory for training: counts, image and simulated spots, from which tiles are cut quickly."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,20 +13,24 @@ from stsr.errors import StsrError
 from stsr.geometry.grid import Grid, add_up
 from stsr.geometry.measurement import Measurement
 from stsr.methods.batch import Requirements, lr_mean
+from stsr.store.section import Section
 
-SPOT_KINDS = {"square": Measurement.squares, "visium": Measurement.hexagonal}
-"""How spots can be simulated from counts per bin."""
+SPOT_KINDS: dict[str, Callable[[Grid], Measurement]] = {
+    "square": Measurement.squares,
+    "visium": Measurement.hexagonal,
+}
+"""Kinds of spots that can be simulated from counts per bin."""
 
-_GENES_AT_ONCE = 16  # the chunks of stores
+_GENES_AT_ONCE = 16  # chunk size of stores
 
 
 class SparseCounts:
-    """Counts of all genes per bin, as memory-thrifty as transcripts: 3 to 5 bytes per non-empty (bin, gene).
+    """Sparse counts of all genes per bin, 3 to 5 bytes per non-zero entry.
 
     Parameters
     ----------
     matrix
-        (bins, genes) non-negative whole numbers.
+        (bins, genes), non-negative whole numbers.
     width
         Bins per row of the grid.
     """
@@ -57,7 +61,7 @@ class SparseCounts:
         row, column
             First bin.
         order
-            (side * side,) where each bin of the window goes, which turns and mirrors it.
+            (side * side,) new position of each bin, which rotates and mirrors the window.
         """
         side = out.shape[-1]
         corners = (row + np.arange(side)) * self.width + column
@@ -70,14 +74,14 @@ class SparseCounts:
         )
 
     def thinned(self, part: float, rng: np.random.Generator) -> SparseCounts:
-        """The counts of a section of which each transcript was caught with probability ``part``."""
+        """Keep each transcript with probability ``part``, as in a shallower section."""
         matrix = self.matrix
         matrix.data = rng.binomial(self._count, part).astype(np.float32)
         matrix.eliminate_zeros()
         return SparseCounts(matrix, self.width)
 
-    def update(self, digest) -> None:
-        """Feed everything to a hash."""
+    def update(self, digest: hashlib._Hash) -> None:
+        """Add all counts to a hash."""
         for array in (self._first, self._gene, self._count):
             digest.update(np.ascontiguousarray(array).data)
 
@@ -89,9 +93,9 @@ class Raster:
     Attributes
     ----------
     lr, mask
-        (g, h, w) and (1, h, w) float32, as `Measurement.raster` gives them.
+        (g, h, w) and (1, h, w) float32, from `Measurement.raster`.
     mean
-        (g,) float32, as `Batch.lr_mean`.
+        (g,) float32, mean counts as in `Batch.lr_mean`.
     """
 
     row: int
@@ -103,20 +107,20 @@ class Raster:
 
 @dataclass(frozen=True)
 class TrainingSection:
-    """A section in memory.
+    """A training section in memory.
 
     Attributes
     ----------
     name
-        Its name.
+        Name of the section.
     grid
-        Its bins.
+        Bins.
     image
         (3, H, W) uint8 over the grid.
     counts
         Counts per bin.
     rasters
-        ``rasters[phase][kind]``: spots at every shift of the low-resolution raster.
+        ``rasters[phase][kind]``: simulated spots for every shift of the low-resolution raster.
     """
 
     name: str
@@ -126,23 +130,23 @@ class TrainingSection:
     rasters: list[list[Raster]]
 
     def update(self, digest: hashlib._Hash) -> None:
-        """Feed everything that training sees to a hash."""
+        """Add everything that training uses to a hash."""
         digest.update(repr((self.name, self.grid)).encode())
         digest.update(np.ascontiguousarray(self.image).data)
         self.counts.update(digest)
 
 
-def check_section(section, requirements: Requirements) -> None:
-    """Refuse a section that nothing can be learned from.
+def check_section(section: Section, requirements: Requirements) -> None:
+    """Check that a section can be used for training.
 
     Raises
     ------
     StsrError
-        If it lacks counts per bin, or an image, or its bins do not add up to the wanted ones.
+        If it has no counts per bin or no image, or its bins do not add up to those of the method.
     """
     if section.hr is None:
         raise StsrError(
-            f"{section.name} has no high-resolution counts to learn from; prepare a Xenium folder: stsr prepare FOLDER"
+            f"{section.name} has no high-resolution counts to train on; prepare a Xenium folder: stsr prepare FOLDER"
         )
     if section.image is None:
         raise StsrError(
@@ -151,19 +155,20 @@ def check_section(section, requirements: Requirements) -> None:
     factor = requirements.bin_um / section.hr.grid.bin_um
     if abs(factor - round(factor)) > 1e-6 or round(factor) < 1:
         raise StsrError(
-            f"{section.name} has bins of {section.hr.grid.bin_um:g} um and the method learns "
+            f"{section.name} has bins of {section.hr.grid.bin_um:g} um and the method needs "
             f"{requirements.bin_um:g} um; run: stsr prepare FOLDER --bin-um {requirements.bin_um:g} --overwrite"
         )
 
 
-def read_counts(section, genes: Sequence[str], grid: Grid) -> SparseCounts:
-    """Counts of some genes on the grid, a few genes at a time.
+def read_counts(section: Section, genes: Sequence[str], grid: Grid) -> SparseCounts:
+    """Read the counts of some genes on the grid, a few genes at a time.
 
     Raises
     ------
     StsrError
         If they are not raw counts.
     """
+    assert section.hr is not None, "check_section comes first"
     parts = []
     fine = grid.at(section.hr.grid.bin_um)
     factor = fine.height // grid.height
@@ -190,14 +195,25 @@ def simulate_rasters(
     seen: np.ndarray,
     lr_um: float,
 ) -> list[list[Raster]]:
-    """Spots of every kind at every shift.
+    """Simulate spots of every kind for every shift.
 
     Parameters
     ----------
+    counts, grid
+        Counts per bin, and the bins.
     shifts
         First bin (row, column) of each raster.
+    kinds
+        Names in `SPOT_KINDS`.
     seen
-        (height, width) bool: bins that may enter the section's mean counts, by whole low-resolution pixels.
+        (height, width) bool: bins that can enter the section's mean counts; a low-resolution pixel enters whole or not.
+    lr_um
+        Pitch of the low-resolution raster, um.
+
+    Returns
+    -------
+    list of list of Raster
+        ``rasters[shift][kind]``.
     """
     matrix = counts.matrix
     per_lr = grid.height // grid.at(lr_um).height

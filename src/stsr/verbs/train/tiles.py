@@ -1,4 +1,4 @@
-"""Training tiles: windows of sections with image, simulated spots and counts, as batches."""
+"""Training tiles: windows of sections with image, simulated spots and counts, in batches."""
 
 from __future__ import annotations
 
@@ -12,58 +12,61 @@ import torch
 
 from stsr.errors import StsrError, UsageError
 from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements
+from stsr.store.section import Section
 from stsr.verbs.train.augmentation import stained, turned, turned_places
 from stsr.verbs.train.heldout import Plan, plan_section
 from stsr.verbs.train.section import (
     SPOT_KINDS,
+    SparseCounts,
     TrainingSection,
     check_section,
     read_counts,
     simulate_rasters,
 )
 
-_OVERLAP = 0.5  # of its area is as much as a tile of a minibatch may share with another
-_TRIES = 30  # draws before a tile that overlaps more is taken after all
+_OVERLAP = 0.5  # largest fraction of its area that a tile of a minibatch shares with another
+_TRIES = 30  # draws per tile before larger overlaps are accepted
 _REGION_KEYS = ("exclude", "validation")
 
 
 class TrainingTiles:
-    """Tiles of sections with known high resolution.
+    """Training and validation tiles of sections with counts per bin.
 
     Parameters
     ----------
     sections
-        `stsr.store.section.Section` or anything with its ``name``, ``hr``, ``image``, ``tissue`` and ``grid``.
+        Sections with counts per bin and an image.
     requirements
-        Bin size, image pixel and raster of the method; its panel is not looked at.
+        Bin size, image pixel and raster of the method; its panel is ignored.
     tile_lr
         Side of a training tile, low-resolution pixels.
     spots
         Kinds of simulated spots, one drawn per tile: ``"square"``, ``"visium"``.
     genes
-        The panel: names, or how many of the most expressed (on training area); None for all that the sections share.
+        The panel: names, or a number of the most highly expressed (in the training area); None for all genes that the
+        sections share.
     val
-        Part of each section's tissue that is kept for validation; 0 for none.
+        Fraction of each section's tissue that is kept for validation; 0 for none.
     regions
-        ``{section name: {"exclude": [[x0, y0, x1, y1], ...], "validation": [...]}}``, um. Nothing is learned from
-        either; a section's own validation regions replace the automatic one.
+        ``{section name: {"exclude": [[x0, y0, x1, y1], ...], "validation": [...]}}``, um. Neither is used for training.
+        Validation regions of a section replace the automatic one.
     gap_lr
-        How far training tiles keep from both, low-resolution pixels; 0 for a tile, or less where that would take more
-        than a quarter of the training tiles, but never less than 1.
+        Distance of training tiles from both, low-resolution pixels. 0 for one tile, or less if that would take more
+        than a quarter of the training tiles, but at least 1.
     tissue
-        Least part of a tile that lies in tissue.
+        Minimum fraction of a tile that lies in tissue.
     phases
-        Shifts of the low-resolution raster per axis: more places for the spots to be.
+        Shifts of the low-resolution raster per axis, which vary the positions of the spots.
     depths
-        Each section is also learned from as if only this part of its transcripts had been caught.
+        Fractions of the transcripts to keep; each section is used once at every depth.
     stain
-        Spread of the random gain of each colour's optical density.
+        Standard deviation of the random log gain of each channel's optical density.
     flips
-        Whether tiles are turned and mirrored.
+        Whether tiles are rotated and mirrored.
     validation_tiles
-        At most this many.
+        Maximum number of validation tiles.
     seed
-        Of the thinning to ``depths``; the tiles' own randomness comes with each batch.
+        Seed of the thinning to ``depths``; the other random numbers come with each batch.
 
     Attributes
     ----------
@@ -72,19 +75,19 @@ class TrainingTiles:
     reference
         (p,) mean counts per low-resolution pixel over training tissue.
     gaps_lr
-        The gap that each section got.
+        Gap of each section, low-resolution pixels.
 
     Raises
     ------
     StsrError
-        If a section has no counts per bin or image, or nothing is left to learn or to validate on.
+        If a section has no counts per bin or no image, or no training or validation tile is left.
     UsageError
-        If a setting is impossible or a region belongs to no section.
+        If a setting is out of range or a region belongs to no section.
     """
 
     def __init__(
         self,
-        sections: Sequence,
+        sections: Sequence[Section],
         requirements: Requirements,
         *,
         tile_lr: int = 6,
@@ -116,20 +119,29 @@ class TrainingTiles:
             tuple[TrainingSection, int, int, int]
         ] = []  # (section, kind, first row, first column)
         plans = [
-            plan_section(s, requirements, regions.get(s.name, {}), tile_lr, val, gap_lr, tissue, phases)
-            for s in sections
+            plan_section(
+                section,
+                requirements,
+                regions=regions.get(section.name, {}),
+                tile_lr=tile_lr,
+                val=val,
+                gap_lr=gap_lr,
+                tissue=tissue,
+                phases=phases,
+            )
+            for section in sections
         ]
         self.gaps_lr = [plan.gap_lr for plan in plans]
         if not any(len(starts) for plan in plans for starts in plan.starts):
             raise StsrError(
-                f"no tile of {tile_lr * requirements.lr_um:g} um with tissue is left to learn from; "
+                f"no tile of {tile_lr * requirements.lr_um:g} um with tissue is left for training; "
                 "give larger sections, a smaller train_tile_lr or --val 0"
             )
         if (val > 0 or any("validation" in own for own in regions.values())) and not any(
             len(plan.held_out) for plan in plans
         ):
             raise StsrError(
-                "no section is large enough to keep a validation area apart; give larger ones, or --val 0 to go without"
+                "no section is large enough for a validation area; give larger sections, or --val 0 for none"
             )
         self._read(plans, genes, depths, np.random.default_rng(seed))
         self._held_out = _spread(self._held_out, validation_tiles)
@@ -137,7 +149,7 @@ class TrainingTiles:
 
     @property
     def count(self) -> int:
-        """Number of training tiles, shifts and depths of the same place included."""
+        """Number of training tiles; shifts and depths of one position count separately."""
         return int(self._totals[-1])
 
     @property
@@ -147,7 +159,7 @@ class TrainingTiles:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of everything that training sees, hexadecimal."""
+        """Hexadecimal sha256 of everything that training uses."""
         whole = hashlib.sha256(repr((self.panel, self.gaps_lr)).encode())
         whole.update(self.reference.tobytes())
         before = None
@@ -159,9 +171,7 @@ class TrainingTiles:
         return whole.hexdigest()
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
-        """A random minibatch of different tiles.
-
-        They share at most half of their area, where the sections are large enough for that.
+        """Draw a minibatch of different tiles, which share at most half of their area if the sections allow it.
 
         Raises
         ------
@@ -184,17 +194,23 @@ class TrainingTiles:
         return self._assemble(chosen)
 
     def validation_batches(self, size: int = 8) -> Iterator[Batch]:
-        """The validation tiles, always the same, unturned and in their own colours."""
+        """Yield the validation tiles, always the same and without augmentation."""
         for first in range(0, len(self._held_out), size):
             tiles = self._held_out[first : first + size]
             yield self._assemble(
                 [(section, 0, kind, (row, column), 0, None) for section, kind, row, column in tiles]
             )
 
-    # ------------------------------------------------------------------------------------------ what to learn from
+    # ---------------------------------------------------------------------------------------------- reading data
 
-    def _read(self, plans: list[Plan], genes, depths: Sequence[float], rng: np.random.Generator) -> None:
-        """Choose the panel, read counts and images, simulate spots."""
+    def _read(
+        self,
+        plans: list[Plan],
+        genes: int | Sequence[str] | None,
+        depths: Sequence[float],
+        rng: np.random.Generator,
+    ) -> None:
+        """Choose the panel, read counts and images, and simulate spots."""
         names = _candidates([plan.section for plan in plans], genes)
         counts = [read_counts(plan.section, names, plan.grid) for plan in plans]
         totals, bins = np.zeros(len(names)), 0
@@ -210,14 +226,15 @@ class TrainingTiles:
         mean = totals / max(bins, 1) * self.requirements.per_lr**2
         self.reference = np.maximum(mean, PLAIN_DENSITY).astype(np.float32)
         for plan, read in zip(plans, counts, strict=True):
+            assert plan.section.image is not None, "check_section comes first"
             image = plan.section.image.read(plan.grid.at(self.requirements.image_um))
             for depth in depths:
                 self._add(
                     plan, image, read if depth == 1 else read.thinned(depth, rng), plain=depth == max(depths)
                 )
 
-    def _add(self, plan: Plan, image: np.ndarray, counts, plain: bool) -> None:
-        """One section at one depth; validation is on the plain one."""
+    def _add(self, plan: Plan, image: np.ndarray, counts: SparseCounts, plain: bool) -> None:
+        """Add one section at one depth; only the plain one gives validation tiles."""
         seen = plan.seen(self.requirements.per_lr)
         rasters = simulate_rasters(counts, plan.grid, plan.shifts, self._spots, seen, self.requirements.lr_um)
         section = TrainingSection(plan.section.name, plan.grid, image, counts, rasters)
@@ -232,11 +249,11 @@ class TrainingTiles:
 
     @cached_property
     def _places(self) -> set[tuple]:
-        """Different places, whatever the depth."""
+        """Distinct positions, whatever the depth."""
         return {(s.name, row, column) for s, _, starts in self._pools for row, column in starts.tolist()}
 
     def _draw(self, size: int, rng: np.random.Generator) -> list[tuple[int, tuple[int, int]]]:
-        """(pool, first bin) of different tiles."""
+        """Draw different tiles: (pool, first bin)."""
         chosen: list[tuple[int, tuple[int, int]]] = []
         tries = 0
         while len(chosen) < size:
@@ -253,14 +270,14 @@ class TrainingTiles:
     def _overlap(
         self, section: TrainingSection, start: tuple[int, int], pool: int, other: tuple[int, int]
     ) -> float:
-        """Part of a tile's area that another one shows too."""
+        """Fraction of a tile's area that it shares with another tile."""
         if self._pools[pool][0].name != section.name:
             return 0.0
         rows, columns = (max(0, self.side - abs(a - b)) for a, b in zip(start, other, strict=True))
         return rows * columns / self.side**2
 
     def _assemble(self, tiles: list[tuple]) -> Batch:
-        """Tiles (section, phase, kind, first bin, turn, stain gains) as one batch."""
+        """Assemble tiles (section, phase, kind, first bin, turn, stain gains) into a batch."""
         size, genes, side, small = len(tiles), len(self.panel), self.side, self.tile_lr
         pixels = side * self.requirements.image_per_lr // self.requirements.per_lr
         image = np.empty((size, 3, pixels, pixels), np.uint8)
@@ -293,13 +310,14 @@ class TrainingTiles:
         )
 
 
-def _candidates(sections: Sequence, genes: int | Sequence[str] | None) -> list[str]:
-    """Genes that all sections have, in the first one's order, or as asked for."""
-    shared = set.intersection(*(set(section.hr.genes) for section in sections))
+def _candidates(sections: Sequence[Section], genes: int | Sequence[str] | None) -> list[str]:
+    """Genes that all sections have, in the order of the first one, or the requested ones."""
+    lists = [section.hr.genes for section in sections if section.hr is not None]
+    shared = set.intersection(*(set(own) for own in lists))
     if not shared:
         raise StsrError("the sections have no gene in common; train on sections of one panel")
     if genes is None or isinstance(genes, int):
-        return [gene for gene in sections[0].hr.genes if gene in shared]
+        return [gene for gene in lists[0] if gene in shared]
     missing = [gene for gene in genes if gene not in shared]
     if missing:
         raise UsageError(
@@ -308,8 +326,8 @@ def _candidates(sections: Sequence, genes: int | Sequence[str] | None) -> list[s
     return list(dict.fromkeys(genes))
 
 
-def _regions(regions: dict | None, sections: Sequence) -> dict[str, dict]:
-    """Regions by section name, checked."""
+def _regions(regions: dict | None, sections: Sequence[Section]) -> dict[str, dict]:
+    """Check regions and index them by section name."""
     names = [section.name for section in sections]
     if len(set(names)) < len(names):
         raise UsageError("two of the sections have the same name; rename one of the stores")
@@ -317,27 +335,29 @@ def _regions(regions: dict | None, sections: Sequence) -> dict[str, dict]:
     for name, own in named.items():
         if name not in names:
             raise UsageError(
-                f"there are regions for {name!r}, which is no section here; there are: {', '.join(names)}"
+                f"there are regions for {name!r}, which is not one of the sections: {', '.join(names)}"
             )
         wrong = set(own) - set(_REGION_KEYS) if isinstance(own, dict) else {str(own)}
         if wrong:
-            raise UsageError(f"regions are {' or '.join(_REGION_KEYS)}, not {wrong.pop()!r}")
+            raise UsageError(f"regions must be {' or '.join(_REGION_KEYS)}, not {wrong.pop()!r}")
     return named
 
 
 def _check(spots: Sequence[str], val: float, depths: Sequence[float]) -> None:
     if not spots or set(spots) - set(SPOT_KINDS):
-        raise UsageError(
-            f"spots are simulated as {' or '.join(SPOT_KINDS)}, not as {', '.join(spots) or 'nothing'}"
-        )
+        raise UsageError(f"spots must be {' or '.join(SPOT_KINDS)}, not {', '.join(spots) or 'nothing'}")
     if not 0 <= val < 1:
-        raise UsageError(f"the validation part must be at least 0 and below 1, not {val:g}; give --val 0.15")
+        raise UsageError(
+            f"the validation fraction must be at least 0 and below 1, not {val:g}; give --val 0.15"
+        )
     if not depths or not all(0 < depth <= 1 for depth in depths):
-        raise UsageError(f"depths are parts of the transcripts, above 0 and up to 1, not {list(depths)}")
+        raise UsageError(
+            f"depths must be fractions of the transcripts, above 0 and at most 1, not {list(depths)}"
+        )
 
 
-def _spread(tiles: list, most: int) -> list:
-    """At most so many of them, evenly."""
+def _spread(tiles: list[tuple], most: int) -> list[tuple]:
+    """Select at most ``most`` tiles, evenly spaced."""
     if len(tiles) <= most:
         return tiles
     return [tiles[index] for index in np.linspace(0, len(tiles) - 1, most).round().astype(int)]

@@ -1,0 +1,67 @@
+"""Validation during training: loss and correlation of the averaged weights on the validation tiles."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from stsr.diffusion.noise import Noise, TileNoise
+from stsr.methods.batch import Batch
+from stsr.methods.method import Method
+from stsr.progress import Progress
+from stsr.verbs.train.job import TrainingJob
+from stsr.verbs.train.run_folder import RunFolder, State
+
+
+@torch.no_grad()
+def validate(job: TrainingJob, folder: RunFolder, state: State, progress: Progress) -> None:
+    """Log the validation loss, with the same random numbers each time, and keep the best weights."""
+    if not job.tiles.validation_count:
+        return
+    totals: dict[str, float] = {}
+    moments = None
+    for number, batch in enumerate(job.tiles.validation_batches(job.config.batch)):
+        batch = batch.to(job.device)
+        with job.autocast():
+            terms = state.ema.loss(batch, 1.0, job.generator("validation", number))
+        for name, term in terms.items():
+            totals[name] = totals.get(name, 0.0) + float(term) * len(batch) / job.tiles.validation_count
+        if state.ema.knows_mean or not state.ema.samples:  # one prediction costs no more than a loss
+            moments = add_moments(_predicted(state.ema, batch), batch.truth(), moments)
+    line = {f"val_{name}": value for name, value in totals.items()}
+    if moments is not None:
+        line["val_pcc"] = mean_pcc(moments)
+    folder.log({"step": state.step, **line, "seconds": round(state.seconds, 3)})
+    loss = totals["loss"]
+    if math.isfinite(loss) and (state.best is None or loss < state.best):
+        state.best, state.best_step = loss, state.step
+        state.best_weights = {key: tensor.clone() for key, tensor in state.ema.state_dict().items()}
+    shown = f", PCC {line['val_pcc']:.3f}" if "val_pcc" in line else ""
+    label = f"step {state.step}/{job.config.steps}, validation {loss:.4f}{shown}"
+    progress(state.step, job.config.steps, label)
+
+
+def _predicted(method: Method, batch: Batch) -> torch.Tensor:
+    """Expected counts per bin (b, g, H, W) of a method that needs no sampling for them."""
+    features = method.condition(batch)
+    if method.knows_mean:
+        return method.mean(batch, features)
+    noise = TileNoise(Noise(0), tuple((0, 0) for _ in range(len(batch))))
+    return method.predict(batch, noise, features, method.draw(batch, features, noise))
+
+
+def add_moments(predicted: torch.Tensor, true: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+    """Add maps (b, g, H, W) to the sums (6, g) of n, x, y, xx, yy and xy, from which `mean_pcc` follows."""
+    x, y = (maps.transpose(0, 1).flatten(1).cpu().double() for maps in (predicted, true))  # (g, b H W)
+    sums = [torch.full((len(x),), float(x.shape[1])), *(each.sum(1) for each in (x, y, x * x, y * y, x * y))]
+    now = torch.stack([each.double() for each in sums])
+    return now if before is None else before + now
+
+
+def mean_pcc(moments: torch.Tensor) -> float:
+    """Mean Pearson correlation over genes with non-zero variance; 0 if there is none."""
+    n, x, y, xx, yy, xy = moments
+    spread = ((xx - x * x / n).clamp_min(0) * (yy - y * y / n).clamp_min(0)).sqrt()
+    varies = spread > 1e-12
+    return float(((xy - x * y / n)[varies] / spread[varies]).mean()) if bool(varies.any()) else 0.0
