@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 import stsr
-from stsr.cli import console, options
+from stsr.cli import console, options, progress
 from stsr.cli.app import app
 from stsr.errors import StsrError, UsageError
 from stsr.genes import listed_genes
@@ -165,7 +165,7 @@ class _Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = _Clock()
-    monkeypatch.setattr(console, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     return clock
 
 
