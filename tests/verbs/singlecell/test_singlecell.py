@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from stsr.cli.app import app
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid
-from stsr.simulate import simulate_tissue, write_xenium
+from stsr.simulate import write_xenium
 from stsr.store import publishing
-from stsr.store.elements import affine
+from stsr.store.elements import placed
 from stsr.store.section import open_section
 from stsr.store.writer import MapWriter
 from stsr.verbs.prepare.verb import prepare
@@ -26,10 +26,10 @@ GENES = ["GATA3", "LUM", "LYZ"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tissue, tmp_path_factory):
     """A section with cells, measured bins, and an inferred map with its spread; tests work on copies."""
     folder = tmp_path_factory.mktemp("singlecell")
-    write_xenium(simulate_tissue(330, 320, genes=GENES, seed=4), folder / "run", labels=False)
+    write_xenium(tissue, folder / "run", labels=False)
     store = prepare(folder / "run", folder / "s.zarr", refine=False)
     _write_map(store, open_section(store).hr.grid)
     return store
@@ -46,8 +46,8 @@ def _write_map(store, grid, elements=("superres_x10", "superres_x10_sd")):
 
 
 @pytest.fixture
-def store(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "s.zarr")
+def store(made, fresh_copy):
+    return fresh_copy(made, "s.zarr")
 
 
 def table(store, name="cells_x10"):
@@ -160,7 +160,7 @@ def test_labels_of_the_store_are_annotated_themselves(store):
     labels = np.zeros((32, 33), np.int32)
     labels[2:4, 2:5], labels[10:12, 10:12] = 5, 2
     grid = Grid(*open_section(store).hr.grid.bounds_um[:2], 10, 32, 33)
-    element = Labels2DModel.parse(labels, dims=("y", "x"), transformations=affine(grid.bin_to_um))
+    element = Labels2DModel.parse(labels, dims=("y", "x"), transformations=placed(grid.bin_to_um))
     publishing.publish(store, {"painted": element}, {})
     made = singlecell(store, cells="painted")
     found, values = table(store), open_section(store).map("superres_x10").read()
