@@ -19,10 +19,15 @@ import tifffile
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid, add_up
-from stsr.simulate import write_visium, write_xenium
+from stsr.simulate import simulate_tissue, write_visium, write_xenium
 from stsr.store import catalogue
 from stsr.store.section import open_section
 from stsr.verbs.prepare.verb import prepare
+
+
+@pytest.fixture(scope="module")
+def tissue():
+    return simulate_tissue(500, 400, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +108,7 @@ def test_visium_spots_count_transcripts_in_discs(folder, tissue, tmp_path):
 
 
 def test_image_lies_on_the_cells(section, tissue):
-    grid = Grid.covering((0, 0, 620, 540), 5)
+    grid = Grid.covering((0, 0, 500, 400), 5)
     covered = section.image.covered(grid)
     assert covered.mean() > 0.95
     stain = 255 - section.image.read(grid).mean(0)
