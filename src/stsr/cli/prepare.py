@@ -13,6 +13,11 @@ from stsr.cli.console import Console
 from stsr.cli.info import describe
 from stsr.genes import ALL_GENES, listed_genes
 
+Alignment = Annotated[
+    Path | None,
+    typer.Option(help="csv with the 3 x 3 affine from H&E pixels to instrument pixels (Xenium) or to um."),
+]
+
 
 @command
 def prepare(
@@ -31,12 +36,7 @@ def prepare(
         ),
     ] = None,
     he: Annotated[Path | None, typer.Option(help="H&E image, if it is not found next to the data.")] = None,
-    alignment: Annotated[
-        Path | None,
-        typer.Option(
-            help="csv with the 3 x 3 affine from H&E pixels to instrument pixels (Xenium) or to um."
-        ),
-    ] = None,
+    alignment: Alignment = None,
     um_per_px: Annotated[
         float | None, typer.Option(help="Pixel size in um, if it is not given in the data.")
     ] = None,
