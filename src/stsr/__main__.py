@@ -1,4 +1,4 @@
-"""``python -m stsr``."""
+"""Run the command line: ``python -m stsr``."""
 
 from stsr.cli.app import main
 

@@ -16,21 +16,20 @@ from typer.testing import CliRunner
 from stsr import checkpoint
 from stsr.cli.app import app
 from stsr.methods.corrdiff import CorrDiff, CorrDiffConfig
-from stsr.simulate import simulate_tissue, write_visium, write_xenium
-from stsr.verbs.prepare.verb import prepare
 
 TRAINING = ("--method", "unet", "--val", 0, "--steps", 2, "--set", "batch=1", "--set", "train_tile_lr=2")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tissue, visium_folder, visium_section, xenium_section, tmp_path_factory):
     """A folder of a Visium run, two sections and two models; tests work on copies."""
     place = tmp_path_factory.mktemp("made")
-    tissue = simulate_tissue(430, 420, genes=["GATA3", "ERBB2", "LUM", "POSTN"], seed=4)
-    write_xenium(tissue, place / "xenium", labels=False)
-    write_visium(tissue, place / "run")
-    prepare(place / "xenium", place / "xenium.zarr")
-    prepare(place / "run", place / "visium.zarr")
+    for source, name in (
+        (visium_folder, "run"),
+        (visium_section, "visium.zarr"),
+        (xenium_section, "xenium.zarr"),
+    ):
+        shutil.copytree(source, place / name)
     _untrained(tissue.genes, place / "model.safetensors")
     _untrained(["NOPE1", "NOPE2", "NOPE3", "NOPE4"], place / "strange.safetensors")
     return place

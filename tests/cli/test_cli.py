@@ -1,20 +1,25 @@
 """The command line: what goes to stdout and stderr, exit codes, signals, and the commands on a simulated tissue."""
 
+import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import typer
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import stsr
-from stsr.cli import console, options
-from stsr.cli.app import app
+from stsr.cli import console, options, progress
+from stsr.cli.app import app, main
+from stsr.cli.info import describe
 from stsr.errors import StsrError, UsageError
 from stsr.genes import listed_genes
 
@@ -27,19 +32,15 @@ def stsr_command(*arguments, code=0):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    from stsr.simulate import simulate_tissue, write_visium, write_xenium
-
+def folders(xenium_folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("cli")
-    tissue = simulate_tissue(500, 400, genes=["GATA3", "ERBB2", "LUM", "POSTN"], seed=2)
-    write_xenium(tissue, place / "xenium", labels=False)
-    write_visium(tissue, place / "visium")
+    (place / "xenium").symlink_to(xenium_folder)
     return place
 
 
 @pytest.fixture(scope="module")
-def store(folders):
-    return stsr.prepare(folders / "visium", folders / "sample.zarr")
+def store(visium_section, folders):
+    return shutil.copytree(visium_section, folders / "sample.zarr")
 
 
 # -------------------------------------------------------------------------------------------------- the frame
@@ -76,6 +77,32 @@ def test_debug_shows_the_traceback(capsys):
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert err.endswith("error: no; do this\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [(MemoryError(), 1, "error: out of memory; "), (BrokenPipeError(), 141, "")],
+)
+def test_memory_that_runs_out_and_a_reader_that_closes_the_pipe(capsys, error, code, told):
+    with pytest.raises(typer.Exit) as stopped, console.session():
+        raise error
+    assert stopped.value.exit_code == code
+    err = capsys.readouterr().err
+    assert err.startswith(told) and err.count("\n") == bool(told)
+
+
+def test_the_console_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stsr", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert (stopped.value.code, capsys.readouterr().out) == (0, stsr.__version__ + "\n")
+    assert "Usage: stsr" in "".join(CliRunner().invoke(app, []).output)
+
+
+def test_every_command_has_the_shared_options():
+    for name, command in get_command(app).commands.items():
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"--json", "--threads", "--quiet", "--verbose", "--debug"} <= options, name
 
 
 def test_our_own_error_is_one_line_that_tells_what_to_do(capsys):
@@ -143,7 +170,7 @@ def test_nobody_reading_stdout_is_quiet(store):
 
 def test_threads_reach_the_libraries(monkeypatch):
     for variable in console._THREAD_VARIABLES:
-        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setenv(variable, "1")  # so that it is restored
     monkeypatch.setitem(
         sys.modules, "torch", type("Torch", (), {"set_num_threads": staticmethod(told := [].append)})
     )
@@ -165,7 +192,7 @@ class _Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = _Clock()
-    monkeypatch.setattr(console, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     return clock
 
 
@@ -185,6 +212,49 @@ def test_a_stage_that_goes_on_counts_time_from_where_it_went_on(capsys, clock):
         clock.now += 20
         out.progress(0.9, 1, "training")
     assert capsys.readouterr().err == "training: 90%, 20 s left\n"
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_a_bar_for_long_work(monkeypatch, clock):
+    screen = _Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with console.session() as out:
+        out.progress(0.1, 1, "tiles")
+        early = screen.getvalue()
+        clock.now += 5
+        out.progress(0.5, 1, "tiles")
+        out.say("a message")
+    assert early == ""
+    assert "tiles" in screen.getvalue() and "50%" in screen.getvalue()
+    assert screen.getvalue().endswith("a message\n")
+
+
+def test_durations():
+    shown = [progress.duration(seconds) for seconds in (0, 89, 100, 90 * 60)]
+    assert shown == ["1 s", "89 s", "2 min", "1 h 30 min"]
+
+
+def test_a_table_aligns_numbers_to_the_right(capsys):
+    with console.session() as out:
+        out.table(["type", "bins"], [["B_cell", "7"], ["T_cell", "1,234"]], "a title")
+    captured = capsys.readouterr()
+    assert "│     7 │" in captured.err and "a title" in captured.err and captured.out == ""
+    with console.session(quiet=True) as out:
+        out.table(["type"], [["B_cell"]])
+        out.warn("look")
+    assert capsys.readouterr().err == "warning: look\n"
+
+
+def test_results_are_text_or_json(capsys):
+    for as_json, expected in ((False, "map\n"), (True, '{\n  "figure": "f.png"\n}\n')):
+        with console.session(as_json=as_json) as out:
+            out.finish("map", {"figure": Path("f.png")})
+        assert capsys.readouterr().out == expected
 
 
 def test_short_work_and_quiet_work_show_nothing(capsys, clock):
@@ -236,6 +306,8 @@ def test_prepare_prints_the_path_and_tells_people_the_rest(folders):
         "prepare", folders / "xenium", "--output", output, "--overwrite", "-q", "--genes", "ERBB2"
     )
     assert err == "" and stsr.open_section(output).hr.genes == ["ERBB2"]
+    out, _ = stsr_command("prepare", folders / "xenium", "--output", output, "--overwrite", "--json")
+    assert json.loads(out)["hr"]["genes"] == 4
 
 
 def test_prepare_of_nothing(tmp_path):
@@ -249,6 +321,18 @@ def test_info_for_people_and_machines(store):
     assert "55 um" in out and "4 genes" in out
     found = json.loads(stsr_command("info", store, "--json")[0])
     assert found["spots"]["genes"] == 4
+    found |= {
+        "image": None,
+        "cells": {"number": 12, "genes": 0},
+        "provenance": {
+            "he": {"refined": True, "refined_by_um": 3.14159, "fine_correlation": [0.1, 0.6]},
+            "superres_x10": {"command": "superres", "method": "bicubic", "model": None},
+        },
+    }
+    lines = describe(found)
+    assert "image     none" in lines and "cells     12, no counts" in lines
+    assert any(line.startswith("aligned   H&E moved by 3.14 um") for line in lines)
+    assert lines[-1] == "superres_x10: method bicubic"
     assert stsr_command("info", store / "nowhere", code=1)[0] == ""
 
 

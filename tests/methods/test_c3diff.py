@@ -237,7 +237,7 @@ def test_dropping_only_while_training(tiles):
 def test_loss_at_batch_size_one_and_repeatable(tiles):
     method, batch = model().train(), tiles(1)
     terms = method.loss(batch, 0.0, seeded(4))
-    assert float(terms["modal"]) == float(terms["content"]) == float(terms["inter"]) == 0
+    assert terms["modal"].item() == terms["content"].item() == terms["inter"].item() == 0
     assert terms["loss"].isfinite()
     assert torch.equal(terms["loss"], method.loss(batch, 0.0, seeded(4))["loss"])
 

@@ -17,15 +17,10 @@ from stsr.histology import files as he
 from stsr.histology.image import scaling
 from stsr.histology.tissue import from_density, from_image
 from stsr.platforms.source import Chunk, Options, Transcripts, choose_genes
-from stsr.simulate import simulate_tissue, write_visium, write_xenium
+from stsr.simulate import write_visium, write_xenium
 from stsr.verbs.prepare import fit
 from stsr.verbs.prepare.binning import GENES_PER_BLOCK, Counter
 from stsr.verbs.prepare.counting import count, grid_over
-
-
-@pytest.fixture(scope="module")
-def tissue():
-    return simulate_tissue(400, 300, seed=1)
 
 
 @pytest.fixture(scope="module")

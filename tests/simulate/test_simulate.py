@@ -19,11 +19,6 @@ from stsr.simulate.visium import SPOT_UM
 
 
 @pytest.fixture(scope="module")
-def tissue():
-    return simulate_tissue(500, 400, seed=3)
-
-
-@pytest.fixture(scope="module")
 def xenium_folder(tissue, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sim") / "xenium"
     return write_xenium(tissue, folder, image_um_per_px=1.0, mirror=True, turn_deg=20)
@@ -46,7 +41,7 @@ def _same(a, b):
 
 
 def test_same_seed_same_tissue_and_picture(tissue):
-    again, other = simulate_tissue(500, 400, seed=3), simulate_tissue(500, 400, seed=4)
+    again, other = simulate_tissue(620, 540, seed=3), simulate_tissue(620, 540, seed=4)
     assert _same(tissue.transcripts, again.transcripts)
     assert _same(tissue.cells, again.cells)
     assert np.array_equal(render_he(tissue, 2.0), render_he(again, 2.0))
@@ -92,7 +87,7 @@ def test_transcripts_lie_in_the_cells_they_are_given(tissue):
 
 
 def test_bins_hold_every_good_transcript_once(tissue):
-    assert tissue.counts(10, 0, 0, 50, 40).sum() == len(tissue.good)
+    assert tissue.counts(10, 0, 0, 62, 54).sum() == len(tissue.good)
     fine, coarse = tissue.counts(10, 100, 100, 20, 20), tissue.counts(20, 100, 100, 10, 10)
     assert fine.dtype == np.int32
     assert np.array_equal(fine.reshape(-1, 10, 2, 10, 2).sum((2, 4)), coarse)
@@ -190,7 +185,7 @@ def test_spatialdata_io_reads_every_xenium_version(tissue, tmp_path, xoa):
     assert list(table.var_names) == list(tissue.genes)
     assert len(sdata["transcripts"]) == len(tissue.transcripts)
     assert len(sdata["cell_boundaries"]) == len(sdata["nucleus_boundaries"]) == len(tissue.cells)
-    assert sdata["he_image"]["scale0"]["image"].shape == (3, 200, 250)
+    assert sdata["he_image"]["scale0"]["image"].shape == (3, 270, 310)
     labels = np.asarray(sdata["cell_labels"]["scale0"]["image"])
     x_px, y_px = ((c / 0.2125).astype(int) for c in (tissue.cells.x_um, tissue.cells.y_um))
     assert (labels[y_px, x_px] == np.arange(1, len(tissue.cells) + 1)).mean() > 0.99
@@ -236,7 +231,7 @@ def test_spots_hold_the_transcripts_of_their_discs(tissue, tmp_path, version):
         assert np.array_equal(table.X[spot].toarray().ravel(), hand)
     gaps = cKDTree(centres).query(centres, k=2)[0][:, 1]
     assert np.median(gaps) == pytest.approx(100, abs=2.5)  # whole pixels of 2 um
-    assert sdata["sim_full_image"]["scale0"]["image"].shape == (3, 200, 250)
+    assert sdata["sim_full_image"]["scale0"]["image"].shape == (3, 270, 310)
 
 
 def test_visium_refuses_other_versions(tissue, tmp_path):

@@ -1,1 +1,1 @@
-"""The command line: the only place with typer and rich."""
+"""The command line: the only room that uses typer and rich."""

@@ -1,4 +1,4 @@
-"""The ``stsr`` command and its subcommands. A new command is a file here and a line below."""
+"""The ``stsr`` command and its subcommands. A new command is a file in this folder and a line below."""
 
 from __future__ import annotations
 
@@ -50,5 +50,5 @@ for _command in (
 
 
 def main() -> None:
-    """Run the command line; the console script's entry point."""
+    """Run the command line. The entry point of the console script."""
     app(prog_name="stsr")

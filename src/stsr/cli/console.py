@@ -1,4 +1,4 @@
-"""What a command says and where: results to stdout, people's words to stderr, errors as one sentence."""
+"""Output of a command: results on stdout, messages and progress on stderr, an error as one sentence."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from typing import Any, NoReturn
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
 
+from stsr.cli.progress import ProgressBar
 from stsr.errors import StsrError
 
-_PATIENCE_S = 2.0  # work that ends sooner shows no bar
-_PLAIN_EVERY_S = 10.0  # between lines where stderr is no terminal
+if TYPE_CHECKING:
+    from stsr.store.section import Section
+
 _BROKEN_PIPE = 141
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -33,44 +36,51 @@ _THREAD_VARIABLES = (
 
 
 class _Terminated(BaseException):
-    """A signal asked to stop; no handler of ordinary errors may swallow it."""
+    """A signal asked the command to stop. Not an `Exception`, so that no error handler catches it."""
 
 
 class Console:
-    """One command's two channels.
+    """The output of one command.
 
     Parameters
     ----------
     out
-        The real stdout: carries what the next command reads, and nothing else.
+        The real stdout. It carries what the next command reads, and nothing else.
     quiet
-        Keep `say` and `progress` to itself.
+        Suppress messages, tables and progress.
+    as_json
+        Print the result as JSON.
     """
 
-    def __init__(self, out, quiet: bool = False):
+    def __init__(self, out: TextIO, quiet: bool = False, as_json: bool = False) -> None:
         self._out = out
         self.quiet = quiet
+        self.as_json = as_json
         self._bar: ProgressBar | None = None
 
-    def emit(self, value: Any, as_json: bool = False) -> None:
-        """Print a result on stdout: a text as a line, anything else (or everything, if asked) as JSON."""
-        text = json.dumps(value, indent=2, default=str) if as_json or not isinstance(value, str) else value
+    def emit(self, value: Any) -> None:
+        """Print a result on stdout: a string as a line, anything else as JSON."""
+        text = value if isinstance(value, str) else json.dumps(value, indent=2, default=str)
         self._out.write(text + "\n")
         self._out.flush()
 
+    def finish(self, text: str, record: Any) -> None:
+        """Print the result of the command: ``record`` as JSON with ``--json``, else ``text``."""
+        self.emit(record if self.as_json else text)
+
     def say(self, sentence: str) -> None:
-        """Tell a person something."""
+        """Print a message."""
         if not self.quiet:
             self.close_bar()
             print(sentence, file=sys.stderr, flush=True)
 
     def warn(self, sentence: str) -> None:
-        """Tell a person what they ought to know, even when quiet."""
+        """Print a warning, even with ``--quiet``."""
         self.close_bar()
         print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
     def table(self, columns: list[str], rows: list[list[str]], title: str | None = None) -> None:
-        """Show a table to a person; what reads as a number stands to the right."""
+        """Print a table. Columns of numbers are aligned to the right."""
         if self.quiet:
             return
         from rich.console import Console as RichConsole
@@ -85,8 +95,16 @@ class Console:
             shown.add_row(*row)
         RichConsole(file=sys.stderr).print(shown)
 
+    def draw(self, path: Path | None, store: Path, figure: Callable[[Section, Path], object]) -> None:
+        """Draw a figure of the section in ``store``, if the user asked for one (``path`` is not None)."""
+        if path is not None:
+            from stsr.store.section import open_section
+
+            figure(open_section(store), path)
+            self.say(f"drew {path}")
+
     def progress(self, done: float, total: float, label: str) -> None:
-        """Show how far a stage is: the verbs' `stsr.progress.Progress`."""
+        """Show the progress of a stage; a `stsr.progress.Progress`."""
         if self.quiet:
             return
         if self._bar is None:
@@ -94,143 +112,49 @@ class Console:
         self._bar.show(label, min(max(done / total, 0.0), 1.0) if total else 1.0)
 
     def close_bar(self) -> None:
-        """Take the bar off the screen, so that a line can be written."""
+        """Remove the progress bar from the screen before a line is printed."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
-class ProgressBar:
-    """A bar with the time left on a terminal, a line now and then elsewhere; silent for what is soon done.
-
-    A new stage begins where the part that is done falls; labels may change within a stage.
-    """
-
-    def __init__(self):
-        self._terminal = sys.stderr.isatty()
-        self._rich = self._task = None
-        self._begin(time.monotonic())
-
-    def show(self, label: str, part: float) -> None:
-        """Show how far a stage has come."""
-        now = time.monotonic()
-        if part < self._part:
-            self.close()
-            self._begin(now)
-        if self._first is None:
-            self._first = part
-        self._part = part
-        if self._terminal:
-            self._draw(label, part, now)
-        elif part < 1 and now - self._told >= self._pause(now):
-            self._told = now
-            print(f"{label}: {part:.0%}{self._left(part, now)}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Take the bar off the screen."""
-        if self._rich is not None:
-            self._rich.stop()
-        self._rich = self._task = None
-
-    def _begin(self, now: float) -> None:
-        self._part = 0.0
-        self._first: float | None = None  # a stage may go on where an earlier run stopped
-        self._started = self._told = now
-
-    def _pause(self, now: float) -> float:
-        """Seconds between lines: more for long work, whose log should stay readable."""
-        return min(max(_PLAIN_EVERY_S, 0.05 * (now - self._started)), 12 * _PLAIN_EVERY_S)
-
-    def _left(self, part: float, now: float) -> str:
-        gone = part - (self._first or 0.0)
-        if gone <= 0:
-            return ""
-        return f", {clock((now - self._started) * (1 - part) / gone)} left"
-
-    def _draw(self, label: str, part: float, now: float) -> None:
-        if self._rich is None:
-            if now - self._started < _PATIENCE_S:
-                return
-            self._rich = _rich_bar()
-            self._rich.start()
-            self._task = self._rich.add_task(label, total=1.0, completed=part)
-        self._rich.update(self._task, completed=part, description=label)
-
-
-def _rich_bar():
-    from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    # Results are printed while a bar may be up, and stdout is not the bar's business.
-    return Progress(
-        *columns,
-        console=RichConsole(file=sys.stderr),
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-        speed_estimate_period=120,
-    )
-
-
-def clock(seconds: float) -> str:
-    """A duration for people: ``45 s``, ``3 min``, ``2 h 05 min``."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 @contextmanager
 def session(
-    *, quiet: bool = False, verbose: bool = False, debug: bool = False, threads: int | None = None
+    *,
+    quiet: bool = False,
+    verbose: bool = False,
+    debug: bool = False,
+    threads: int | None = None,
+    as_json: bool = False,
 ) -> Iterator[Console]:
-    """Everything around a command's work: channels, threads, signals and the way errors are told.
+    """Set up output, threads and signals for a command, and report its errors.
 
     Raises
     ------
     typer.Exit
-        With 1 or 2 for a user's error, 1 for one of ours, 130 for Ctrl-C, 143 for SIGTERM.
+        With exit code 1 or 2 for an error of the user, 1 for an internal error, 130 for Ctrl-C, 143 for SIGTERM.
     """
     limit_threads(threads)
-    console = Console(sys.stdout, quiet)
+    console = Console(sys.stdout, quiet, as_json)
     try:
-        with _terminable(), _libraries(verbose), redirect_stdout(sys.stderr):
+        with _terminable(), _quiet_libraries(verbose), redirect_stdout(sys.stderr):
             yield console
     except typer.Exit:
         raise
     except BrokenPipeError:
         _drop_stdout()
         raise typer.Exit(_BROKEN_PIPE) from None
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt, _Terminated) as error:
         console.close_bar()
-        _fail("stopped", 128 + signal.SIGINT, debug)
-    except _Terminated:
-        console.close_bar()
-        _fail("stopped", 128 + signal.SIGTERM, debug)
-    except StsrError as error:
-        console.close_bar()
-        stopped = error.exit_code > 128  # a signal's doing: nothing went wrong
-        _fail(str(error) if stopped else f"error: {error}", error.exit_code, debug)
-    except MemoryError:
-        console.close_bar()
-        _fail("error: out of memory; ask for fewer genes or a smaller --region", 1, debug)
-    except Exception as error:
-        console.close_bar()
-        first = str(error).partition("\n")[0]
-        hint = "" if debug else "; run again with --debug and report what it shows"
-        _fail(f"internal error: {type(error).__name__}: {first}{hint}", 1, debug)
+        if debug:
+            traceback.print_exc()
+        _fail(error, debug)
     finally:
         console.close_bar()
 
 
 def limit_threads(threads: int | None) -> None:
-    """Make numerical libraries use so many threads; to be called before they are imported."""
+    """Limit the threads of numerical libraries; call it before they are imported."""
     if threads is None:
         return
     for variable in _THREAD_VARIABLES:
@@ -239,24 +163,38 @@ def limit_threads(threads: int | None) -> None:
         sys.modules["torch"].set_num_threads(threads)
 
 
-def _fail(sentence: str, code: int, debug: bool) -> NoReturn:
-    if debug:
-        traceback.print_exc()
+def _fail(error: BaseException, debug: bool) -> NoReturn:
+    """Print an error as one sentence and exit."""
+    code = 1
+    match error:
+        case KeyboardInterrupt():
+            sentence, code = "stopped", 128 + signal.SIGINT
+        case _Terminated():
+            sentence, code = "stopped", 128 + signal.SIGTERM
+        case StsrError():
+            code = error.exit_code
+            sentence = str(error) if code > 128 else f"error: {error}"  # above 128: a signal, not a failure
+        case MemoryError():
+            sentence = "error: out of memory; request fewer genes or a smaller --region"
+        case _:
+            first = str(error).partition("\n")[0]
+            hint = "" if debug else "; run again with --debug and report the traceback"
+            sentence = f"internal error: {type(error).__name__}: {first}{hint}"
     print(sentence, file=sys.stderr, flush=True)
     raise typer.Exit(code) from None
 
 
 def _drop_stdout() -> None:
-    """Nobody reads stdout any more: let Python's last flush go nowhere instead of complaining."""
+    """Redirect stdout to nowhere after the reader closed the pipe, so that Python's final flush does not fail."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM, and SIGUSR1 by which Slurm announces it, unwind the stack: half-written things are taken away."""
+    """Unwind the stack on SIGTERM, and on SIGUSR1 (Slurm's advance notice), so that unfinished files are removed."""
 
-    def stop(number, frame):
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise _Terminated(number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -272,10 +210,10 @@ def _terminable() -> Iterator[None]:
 
 
 @contextmanager
-def _libraries(verbose: bool) -> Iterator[None]:
-    """Keep the warnings and logs of libraries off the screen.
+def _quiet_libraries(verbose: bool) -> Iterator[None]:
+    """Hide warnings and log messages of libraries, unless ``verbose``.
 
-    Filters alone do not hold, for libraries set their own when they are imported; so warnings are not shown at all.
+    Filters are not enough, because libraries set their own when they are imported; so no warning is shown at all.
     """
     if verbose:
         yield

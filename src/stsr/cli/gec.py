@@ -1,157 +1,155 @@
-"""``stsr gec``: which genes go together."""
+"""``stsr gec``: gene expression correlation."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stsr.cli import options
-from stsr.cli.console import clock, session
+from stsr.cli.command import command
+from stsr.cli.console import Console
+from stsr.cli.progress import duration
 from stsr.errors import UsageError
 from stsr.genes import listed_genes
 
-_COMPARISON, _OUTPUT = "Comparison", "Output"
+if TYPE_CHECKING:
+    from stsr.store.section import Section
+    from stsr.verbs.gec.verb import Gec
+
+_comparison = partial(typer.Option, rich_help_panel="Comparison")
+_output = partial(typer.Option, rich_help_panel="Output")
+
+Source = Annotated[
+    str | None,
+    typer.Option(
+        "--from", metavar="ELEMENT", help="Map or table of cells. Default: the newest super-resolved map."
+    ),
+]
+BinUm = Annotated[
+    float | None,
+    typer.Option(help="Aggregate bins to this size in um first. Default: the bin size of the map."),
+]
+Lag = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="A:B",
+        help="Also compute the correlation of genes A and B as a function of distance. Can be repeated.",
+    ),
+]
+Truth = Annotated[
+    str | None, _comparison(metavar="ELEMENT", help="Measured map to compare with, e.g. hr_10um.")
+]
+Beside = Annotated[
+    list[str] | None,
+    _comparison(
+        metavar="ELEMENT",
+        help="Another map to compare with the truth. Can be repeated. Default: interpolated maps.",
+    ),
+]
+DenoiseTruth = Annotated[
+    bool,
+    _comparison("--denoise-truth", help="Also compare with the truth after correction for counting noise."),
+]
+Pairs = Annotated[Path | None, _output(help="Write the most correlated gene pairs to this .csv.")]
+Top = Annotated[int, _output(min=1, help="Number of gene pairs to list.")]
+Figure = Annotated[
+    Path | None, _output(help="Draw the clustered matrix and the top pairs: .png, .pdf or .svg.")
+]
+Name = Annotated[str | None, _output(help="Name of the table. Default: gec_xSCALE or gec_cells.")]
 
 
+@command
 def gec(
+    console: Console,
     store: options.Store,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="ELEMENT",
-            help="Map, or table of cells, to read; the newest super-resolved one by default.",
-        ),
-    ] = None,
-    per: Annotated[str, typer.Option(help="bin or cell: what genes are correlated over.")] = "bin",
+    source: Source = None,
+    per: Annotated[str, typer.Option(help="Observations to correlate over: bin or cell.")] = "bin",
     genes: options.Genes = None,
-    bin_um: Annotated[
-        float | None, typer.Option(help="Add bins up to this size first, in um; the map's own by default.")
-    ] = None,
-    region: Annotated[str | None, typer.Option(metavar="X0,Y0,X1,Y1", help="Only this area, in um.")] = None,
-    lag: Annotated[
-        list[str] | None,
-        typer.Option(metavar="A:B", help="Correlation by distance of genes A and B; may be repeated."),
-    ] = None,
-    truth: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ELEMENT",
-            help="Measured layer to compare with, such as hr_10um.",
-            rich_help_panel=_COMPARISON,
-        ),
-    ] = None,
-    beside: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ELEMENT",
-            help="Also compare this one; may be repeated. Interpolated maps by default.",
-            rich_help_panel=_COMPARISON,
-        ),
-    ] = None,
-    denoise_truth: Annotated[
-        bool,
-        typer.Option(
-            "--denoise-truth",
-            help="Also compare with the truth corrected for counting noise.",
-            rich_help_panel=_COMPARISON,
-        ),
-    ] = False,
-    pairs: Annotated[
-        Path | None, typer.Option(help="Write the strongest pairs to this .csv.", rich_help_panel=_OUTPUT)
-    ] = None,
-    top: Annotated[
-        int, typer.Option(min=1, help="Number of strongest pairs listed.", rich_help_panel=_OUTPUT)
-    ] = 100,
-    figure: Annotated[
-        Path | None,
-        typer.Option(
-            help="Draw the clustered matrix and pairs: .png, .pdf or .svg.", rich_help_panel=_OUTPUT
-        ),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(help="Name of the table; gec_xSCALE or gec_cells by default.", rich_help_panel=_OUTPUT),
-    ] = None,
+    bin_um: BinUm = None,
+    region: options.RegionOfInterest = None,
+    lag: Lag = None,
+    truth: Truth = None,
+    beside: Beside = None,
+    denoise_truth: DenoiseTruth = False,
+    pairs: Pairs = None,
+    top: Top = 100,
+    figure: Figure = None,
+    name: Name = None,
     overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
-    threads: options.Threads = None,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
-    """Correlate genes over the tissue's bins or cells. Prints the name of the table in the store."""
-    with session(quiet=quiet, verbose=verbose, debug=debug, threads=threads) as console:
-        wanted, lags = listed_genes(genes), _gene_pairs(lag)
-        options.check_figure(figure)
-        _check_pairs(pairs)
-        import stsr
+    """Compute gene expression correlation over bins or cells. Prints the name of the table in the store."""
+    wanted, lags = listed_genes(genes), _gene_pairs(lag)
+    options.check_figure(figure)
+    _check_pairs(pairs)
+    import stsr
 
-        result = stsr.gec(
-            store,
-            source=source,
-            per=per,
-            genes=wanted,
-            bin_um=bin_um,
-            region=options.region_um(region),
-            truth=truth,
-            beside=beside,
-            denoise_truth=denoise_truth,
-            lags=lags,
-            top=top,
-            name=name,
-            overwrite=overwrite,
-            progress=console.progress,
-            report=console.say,
-        )
-        console.say(_summary(result))
-        _show_agreement(console, result)
-        if pairs is not None:
-            _write_pairs(result, pairs)
-            console.say(f"wrote {pairs}")
-        if figure is not None:
-            _draw(result, figure)
-            console.say(f"drew {figure}")
-        if as_json:
-            written = {"figure": figure and str(figure), "csv": pairs and str(pairs)}
-            console.emit({**asdict(result), "store": str(result.store), **written})
-        else:
-            console.emit(result.element)
+    result = stsr.gec(
+        store,
+        source=source,
+        per=per,
+        genes=wanted,
+        bin_um=bin_um,
+        region=options.region_um(region),
+        truth=truth,
+        beside=beside,
+        denoise_truth=denoise_truth,
+        lags=lags,
+        top=top,
+        name=name,
+        overwrite=overwrite,
+        progress=console.progress,
+        report=console.say,
+    )
+    console.say(_summary(result))
+    _show_agreement(console, result)
+    if pairs is not None:
+        _write_pairs(result, pairs)
+        console.say(f"wrote {pairs}")
+    console.draw(figure, result.store, partial(_draw, result))
+    console.finish(result.element, {**asdict(result), "figure": figure, "csv": pairs})
 
 
 def _gene_pairs(values: list[str] | None) -> list[tuple[str, str]]:
-    """``A:B`` as (A, B)."""
+    """Parse ``A:B`` as (A, B)."""
     found = []
     for value in values or []:
         parts = [part.strip() for part in value.split(":")]
         if len(parts) != 2 or not all(parts):
-            raise UsageError(f"--lag is two genes as A:B, not {value!r}")
+            raise UsageError(f"--lag takes two genes as A:B, not {value!r}")
         found.append((parts[0], parts[1]))
     return found
 
 
 def _check_pairs(path: Path | None) -> None:
-    """Refuse a table of pairs that cannot be written, before the work."""
+    """Refuse a file for gene pairs that cannot be written, before the work."""
     if path is None:
         return
     if path.suffix.lower() != ".csv":
-        raise UsageError(f"pairs are written as csv, not as {path.name!r}; name the file of --pairs .csv")
-    options.check_place(path, "--pairs")
+        raise UsageError(
+            f"gene pairs are written as .csv, not as {path.name!r}; give --pairs a .csv file name"
+        )
+    options.check_file(path, "--pairs")
 
 
-def _summary(result) -> str:
-    kind = "cells" if result.bin_um is None else f"bins of {result.bin_um:g} um"
+def _places(result: Gec, unit: str) -> str:
+    """The observations in words, e.g. ``1,200 bins of 10 um``."""
+    kind = "cells" if result.bin_um is None else f"bins of {result.bin_um:g} {unit}"
+    return f"{result.genes:,} genes of {result.source} over {result.places:,} {kind}"
+
+
+def _summary(result: Gec) -> str:
     correlated, of = result.correlated
     return (
-        f"wrote {result.element}: {result.genes:,} genes of {result.source} over {result.places:,} {kind} in "
-        f"{clock(result.seconds)}; {correlated:,} of {of:,} pairs correlate at a false discovery rate of 5 %"
+        f"wrote {result.element}: {_places(result, 'um')} in {duration(result.seconds)}; {correlated:,} of {of:,} "
+        "gene pairs are correlated at a false discovery rate of 5 %"
     )
 
 
-def _show_agreement(console, result) -> None:
+def _show_agreement(console: Console, result: Gec) -> None:
     if not result.agreement:
         return
     columns = ["map", "against", "rmse", "bias", "pattern"]
@@ -159,21 +157,17 @@ def _show_agreement(console, result) -> None:
         [row["map"], f"{row['truth']} {row['correlation']}", *(f"{row[key]:.3f}" for key in columns[2:])]
         for row in result.agreement
     ]
-    console.table(columns, rows, title=f"distance from the matrix of {result.truth}")
+    console.table(columns, rows, title=f"difference from the correlation matrix of {result.truth}")
 
 
-def _write_pairs(result, path: Path) -> None:
+def _write_pairs(result: Gec, path: Path) -> None:
     import pandas as pd
 
     path.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(result.pairs).to_csv(path, index=False)
 
 
-def _draw(result, path: Path) -> None:
-    from stsr.store.section import open_section
+def _draw(result: Gec, section: Section, path: Path) -> None:
     from stsr.verbs.gec.figure import gec_figure
 
-    section = open_section(result.store)
-    kind = "cells" if result.bin_um is None else f"bins of {result.bin_um:g} µm"
-    title = f"{section.name}: {result.genes:,} genes of {result.source} over {result.places:,} {kind}"
-    gec_figure(section.sdata.tables[result.element], path, title)
+    gec_figure(section.sdata.tables[result.element], path, f"{section.name}: {_places(result, 'µm')}")

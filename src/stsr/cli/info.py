@@ -1,4 +1,4 @@
-"""``stsr info``: what is in a store."""
+"""``stsr info``: the contents of a store."""
 
 from __future__ import annotations
 
@@ -7,37 +7,31 @@ from typing import Annotated, Any
 import typer
 
 from stsr.cli import options
-from stsr.cli.console import session
+from stsr.cli.command import command
+from stsr.cli.console import Console
 
 
+@command
 def info(
+    console: Console,
     store: options.Store,
     um_per_unit: Annotated[
         float | None,
-        typer.Option(help="um per unit of the coordinate system, where the store does not tell."),
+        typer.Option(help="um per unit of the coordinate system, if the store does not give it."),
     ] = None,
     coordinate_system: Annotated[
-        str | None, typer.Option(help="Coordinate system to use, where there are several.")
+        str | None, typer.Option(help="Coordinate system to use, if there are several.")
     ] = None,
-    as_json: options.AsJson = False,
-    threads: options.Threads = None,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
-    """Say what is in a section: extent, image, spots, genes, counts, maps."""
-    with session(quiet=quiet, verbose=verbose, debug=debug, threads=threads) as console:
-        import stsr
+    """Show what a store contains."""
+    import stsr
 
-        found = stsr.info(store, um_per_unit=um_per_unit, coordinate_system=coordinate_system)
-        if as_json:
-            console.emit(found)
-        else:
-            console.emit("\n".join(describe(found)))
+    found = stsr.info(store, um_per_unit=um_per_unit, coordinate_system=coordinate_system)
+    console.finish("\n".join(describe(found)), found)
 
 
 def describe(found: dict[str, Any]) -> list[str]:
-    """Lines for people from what `stsr.info` gives."""
+    """Format the result of `stsr.info` as lines of text."""
     width, height = found["size_um"]
     x0, y0, x1, y1 = found["extent_um"]
     lines = [
@@ -69,25 +63,25 @@ def describe(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _image(image: dict | None, overlap: float | None) -> str:
+def _image(image: dict[str, Any] | None, overlap: float | None) -> str:
     if image is None:
         return "none"
     inside = "" if overlap is None else f", covers {overlap:.0%} of the measured area"
     return f"{image['width']:,} x {image['height']:,} px of {image['um_per_px']:.4g} um{inside}"
 
 
-def _registration(made: dict) -> list[str]:
-    """By how much `stsr prepare` corrected the image's alignment."""
+def _registration(made: dict[str, Any]) -> list[str]:
+    """How far `stsr prepare` moved the image."""
     if not made.get("refined"):
         return []
     before, after = made["fine_correlation"]
     return [
-        f"aligned   moved by {made['refined_by_um']:.3g} um so that nuclei and transcripts fall together "
-        f"(correlation {before:.2f} before, {after:.2f} after; --no-refine leaves the given alignment)"
+        f"aligned   H&E moved by {made['refined_by_um']:.3g} um to register nuclei to transcripts "
+        f"(correlation {before:.2f} before, {after:.2f} after; --no-refine keeps the given alignment)"
     ]
 
 
-def _spots(spots: dict | None) -> str:
+def _spots(spots: dict[str, Any] | None) -> str:
     if spots is None:
         return "none"
     shape = {"disc": "discs", "square": "squares"}.get(spots["shape"], spots["shape"])
@@ -97,6 +91,6 @@ def _spots(spots: dict | None) -> str:
     )
 
 
-def _made(made: dict) -> str:
+def _made(made: dict[str, Any]) -> str:
     wanted = ("method", "model", "samples", "steps", "sampler", "seed", "consistency_error", "units")
     return ", ".join(f"{key.replace('_', ' ')} {made[key]}" for key in wanted if made.get(key) is not None)

@@ -1,8 +1,9 @@
-"""Options that several commands share, and what their values mean."""
+"""Options that several commands share, and checks of their values."""
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,45 +11,48 @@ import typer
 
 from stsr.errors import UsageError
 
-_COMMON = "For every command"
+Region = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in um."""
 
-Store = Annotated[Path, typer.Argument(metavar="STORE", help="A section: a SpatialData store (.zarr).")]
+_common = partial(typer.Option, rich_help_panel="Common options")
+_CORNERS = "X0,Y0,X1,Y1"
+
+Store = Annotated[Path, typer.Argument(metavar="STORE", help="Section: a SpatialData store (.zarr).")]
+Model = Annotated[
+    Path | None, typer.Option("--model", "-m", help="Model from 'stsr train'. Default: the packaged model.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there; else refuse.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed. The same seed gives the same result.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing result; without it, stop with an error.")
+]
 Genes = Annotated[
     list[str] | None,
-    typer.Option(help="A gene, a comma list, @FILE with names, or 'all'; may be repeated.", metavar="NAMES"),
-]
-
-Threads = Annotated[
-    int | None,
     typer.Option(
-        min=1,
-        envvar="SLURM_CPUS_PER_TASK",
-        help="CPU threads; all cores by default.",
-        rich_help_panel=_COMMON,
+        metavar="NAMES", help="Gene, comma-separated list, @FILE with gene names, or 'all'. Can be repeated."
     ),
 ]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Say only what went wrong.", rich_help_panel=_COMMON)
-]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Let libraries speak too.", rich_help_panel=_COMMON)
-]
-Debug = Annotated[
-    bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_COMMON)
+RegionOfInterest = Annotated[
+    str | None, typer.Option("--region", metavar=_CORNERS, help="Restrict the analysis to this area (um).")
 ]
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Threads = Annotated[
+    int | None,
+    _common(min=1, envvar="SLURM_CPUS_PER_TASK", help="Number of CPU threads. Default: all cores."),
+]
+Quiet = Annotated[bool, _common("--quiet", "-q", help="Print only warnings and errors.")]
+Verbose = Annotated[bool, _common("--verbose", "-v", help="Show warnings and log messages of libraries.")]
+Debug = Annotated[bool, _common("--debug", help="Show the traceback of an error.")]
 
-def region_um(text: str | None, option: str = "--region") -> tuple[float, float, float, float] | None:
-    """``x0,y0,x1,y1`` in um, as ``option`` has it.
+
+def region_um(text: str | None, option: str = "--region") -> Region | None:
+    """Parse ``x0,y0,x1,y1`` in um.
 
     Raises
     ------
     UsageError
-        If it is not four numbers that span an area.
+        If it is not four numbers with x0 < x1 and y0 < y1.
     """
     if text is None:
         return None
@@ -62,29 +66,29 @@ def region_um(text: str | None, option: str = "--region") -> tuple[float, float,
 
 
 def check_figure(path: Path | None) -> None:
-    """Refuse a figure that cannot be drawn, before hours of work; None is fine.
+    """Refuse a figure file that cannot be written, before hours of work; None is fine.
 
     Raises
     ------
     UsageError
-        If its suffix is no format, or as `check_place`.
+        If the suffix is not a figure format, or as `check_file`.
     """
     if path is not None:
         from stsr.figures import check_path
 
-        check_place(check_path(path), "--figure")
+        check_file(check_path(path), "--figure")
 
 
-def check_place(path: Path, option: str) -> None:
+def check_file(path: Path, option: str) -> None:
     """Refuse a file that cannot be written.
 
     Raises
     ------
     UsageError
-        If it is a folder, or nothing can be written where it is to lie.
+        If it is a folder, or its folder is not writable.
     """
     if path.is_dir():
-        raise UsageError(f"{path} is a folder; give {option} the name of a file")
-    place = next(folder for folder in path.resolve().parents if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UsageError(f"nothing can be written in {place}; give {option} another place")
+        raise UsageError(f"{path} is a folder; give {option} a file name")
+    folder = next(parent for parent in path.resolve().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write to {folder}; choose another path for {option}")

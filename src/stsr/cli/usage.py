@@ -1,35 +1,51 @@
-"""Wrong usage in one sentence, like every other error, where typer would draw a box."""
+"""Usage errors as one sentence, like every other error, instead of typer's box."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-# typer has had its own copy of click, and not had one: what it raises is found by name.
-_WRONG_USAGE = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+# Some versions of typer contain their own copy of click: find the class of usage errors by its name.
+_USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 class Commands(TyperGroup):
-    """The commands; exits with 2 and a sentence on stderr if an option or an argument is wrong."""
+    """The commands. A wrong option or argument prints one sentence on stderr and exits with 2."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        """As typer's, but for the way errors are shown."""
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command; as in typer, except for usage errors."""
+        given: dict[str, Any] = {
+            "args": args,
+            "prog_name": prog_name,
+            "complete_var": complete_var,
+            "windows_expand_args": windows_expand_args,
+            **extra,
+        }
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+            return super().main(standalone_mode=False, **given)
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(standalone_mode=False, **given)
         except typer.Abort:
             code = 130
-        except _WRONG_USAGE as error:
+        except _USAGE_ERROR as error:
             _show(error)
             code = error.exit_code
         sys.exit(code or 0)
 
 
-def _show(error) -> None:
+def _show(error: Any) -> None:
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()

@@ -15,7 +15,6 @@ from stsr.cli.app import app
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid, add_up
 from stsr.progress import silent
-from stsr.simulate import simulate_tissue, write_xenium
 from stsr.store import elements, publishing
 from stsr.store.parts import Map
 from stsr.store.places import BinPlaces, bins_of
@@ -65,23 +64,21 @@ def hand_made(tmp_path_factory, counts):
 
 
 @pytest.fixture(scope="module")
-def simulated(tmp_path_factory):
+def simulated(xenium_section, tmp_path_factory):
     """A simulated section with spots, cells, measured bins and a bilinear map."""
-    folder = tmp_path_factory.mktemp("simulated")
-    write_xenium(simulate_tissue(620, 540, seed=3), folder / "xenium", labels=False)
-    path = prepare(folder / "xenium", folder / "section.zarr")
+    path = shutil.copytree(xenium_section, tmp_path_factory.mktemp("simulated") / "section.zarr")
     superres(path, method="bilinear", genes=["all"], name="bilinear_x10")
     return path
 
 
 @pytest.fixture
-def store(hand_made, tmp_path):
-    return shutil.copytree(hand_made, tmp_path / "s.zarr")
+def store(hand_made, fresh_copy):
+    return fresh_copy(hand_made, "s.zarr")
 
 
 @pytest.fixture
-def section(simulated, tmp_path):
-    return shutil.copytree(simulated, tmp_path / "x.zarr")
+def section(simulated, fresh_copy):
+    return fresh_copy(simulated, "x.zarr")
 
 
 def table_of(result):
@@ -322,7 +319,8 @@ def test_the_command_prints_the_table_and_writes_what_was_asked(store, tmp_path)
     assert (result.exit_code, result.stdout) == (0, "gec_x10\n"), result.stderr
     written = pd.read_csv(pairs)
     assert {"gene_a", "gene_b", "pearson", "spearman", "p", "q", "p_shift"} <= set(written.columns)
-    assert len(written) == 6 and Pillow.open(figure).width > 1500
+    with Pillow.open(figure) as drawn:
+        assert len(written) == 6 and drawn.width > 1500
     again = run(*words)
     assert again.exit_code == 2 and "--overwrite" in again.stderr and again.stdout == ""
     told = json.loads(run(*words, "--overwrite", "--json", "-q").stdout)

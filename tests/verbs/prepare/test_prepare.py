@@ -475,7 +475,7 @@ def test_kill_leaves_nothing_and_the_same_command_finishes(folder, tmp_path, wai
     process.stdout.readline()
     time.sleep(wait_s)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     visible = [child.name for child in tmp_path.iterdir() if not child.name.startswith(".")]
     if visible:  # it was faster than the kill
         assert visible == ["s.zarr"]

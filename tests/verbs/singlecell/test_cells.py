@@ -16,7 +16,7 @@ from stsr.errors import StsrError, UsageError
 from stsr.geometry import outlines
 from stsr.geometry.grid import Grid
 from stsr.histology.image import Image
-from stsr.simulate import image_frame, render_he, simulate_tissue, write_xenium
+from stsr.simulate import image_frame, render_he, write_xenium
 from stsr.store.parts import Spots
 from stsr.store.section import open_section
 from stsr.verbs.prepare.verb import prepare
@@ -189,11 +189,6 @@ def test_what_is_no_label_image(labels):
 
 
 # --------------------------------------------------------------------------------------------------------- formats
-
-
-@pytest.fixture(scope="module")
-def tissue():
-    return simulate_tissue(330, 320, genes=["GATA3", "LUM"], seed=4)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from stsr.cli.app import app
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid
-from stsr.simulate import simulate_tissue, write_xenium
+from stsr.simulate import write_xenium
 from stsr.store import publishing
 from stsr.store.elements import placed
 from stsr.store.section import Section, open_section
@@ -26,10 +26,10 @@ GENES = ["GATA3", "LUM", "LYZ"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tissue, tmp_path_factory):
     """A section with cells, measured bins, and an inferred map with its spread; tests work on copies."""
     folder = tmp_path_factory.mktemp("singlecell")
-    write_xenium(simulate_tissue(330, 320, genes=GENES, seed=4), folder / "run", labels=False)
+    write_xenium(tissue, folder / "run", labels=False)
     store = prepare(folder / "run", folder / "s.zarr", refine=False)
     _write_map(store, open_section(store).hr.grid)
     return store
@@ -46,8 +46,8 @@ def _write_map(store, grid, elements=("superres_x10", "superres_x10_sd")):
 
 
 @pytest.fixture
-def store(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "s.zarr")
+def store(made, fresh_copy):
+    return fresh_copy(made, "s.zarr")
 
 
 def table(store, name="cells_x10"):

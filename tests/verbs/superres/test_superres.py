@@ -12,7 +12,7 @@ import torch
 from stsr import checkpoint
 from stsr.errors import StsrError, UsageError
 from stsr.methods import method_class
-from stsr.simulate import simulate_tissue, write_visium, write_xenium
+from stsr.simulate import simulate_tissue, write_visium
 from stsr.store.section import open_section
 from stsr.verbs.prepare.verb import prepare
 from stsr.verbs.superres import loop as superresolution_run
@@ -27,16 +27,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tissue():
-    return simulate_tissue(620, 540, seed=3)
-
-
-@pytest.fixture(scope="module")
-def prepared(folder, tissue):
+def prepared(xenium_section, visium_section):
     """Stores as `stsr prepare` makes them; tests work on copies."""
-    write_xenium(tissue, folder / "xenium", labels=False)
-    write_visium(tissue, folder / "visium")
-    return {kind: prepare(folder / kind, folder / f"{kind}.zarr") for kind in ("xenium", "visium")}
+    return {"xenium": xenium_section, "visium": visium_section}
 
 
 TINY = {
@@ -89,9 +82,9 @@ def model(models):
 
 
 @pytest.fixture
-def store(prepared, tmp_path):
+def store(prepared, fresh_copy):
     def copy(kind="visium", name="section.zarr"):
-        return shutil.copytree(prepared[kind], tmp_path / name)
+        return fresh_copy(prepared[kind], name)
 
     return copy
 
@@ -197,12 +190,10 @@ def test_a_section_smaller_than_a_tile(tmp_path, model):
     assert superres(path, model=model, genes=["LUM"]).consistency_error < 1e-3
 
 
-def test_a_store_by_spatialdata_io(folder, prepared, model, tmp_path):
+def test_a_store_by_spatialdata_io(visium_folder, prepared, model, tmp_path):
     spatialdata_io = pytest.importorskip("spatialdata_io")
     path = tmp_path / "foreign.zarr"
-    spatialdata_io.visium(folder / "visium", dataset_id="sample", fullres_image_file="he_fullres.tif").write(
-        path
-    )
+    spatialdata_io.visium(visium_folder, dataset_id="sample", fullres_image_file="he_fullres.tif").write(path)
     superres(path, model=model, genes=["LUM", "GATA3"], samples=1)
     superres(
         mine := shutil.copytree(prepared["visium"], tmp_path / "mine.zarr"),

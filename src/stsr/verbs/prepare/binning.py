@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 
 import numpy as np
 
@@ -40,6 +41,7 @@ class Counter:
         self.per_place = np.zeros(places, np.int64)
         self.per_gene = np.zeros(genes, np.int64)
         self._spool = tempfile.TemporaryFile(prefix="stsr-")  # noqa: SIM115 - lives with self
+        weakref.finalize(self, self._spool.close)
         self._ends: list[np.ndarray] = []  # of each block in each chunk, in keys from the start of the file
         self._written = 0
 
