@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -146,17 +147,27 @@ def container(zarr_format: int) -> dict:
     return {"sdata_formats": SpatialDataContainerFormatV01()}
 
 
-def swap(store: Path, work: Workspace, provenance: dict[str, dict], overwrite: bool) -> None:
+def swap(
+    store: Path,
+    work: Workspace,
+    provenance: dict[str, dict],
+    overwrite: bool,
+    optional: Collection[str] = (),
+) -> None:
     """Publish every element of the workspace's store into the store.
+
+    Elements named in ``optional`` are left out if the store has them already, whoever wrote them.
 
     Raises
     ------
     UsageError, StsrError
         As `publish`; the store is then as it was.
     """
-    made = catalogue.elements(work.new)  # {name: kind}
     with locked(store):
         _recover_all(store, work)
+        present = {name.lower() for name in catalogue.elements(store)}
+        unneeded = {name for name in optional if name in present}
+        made = {name: kind for name, kind in catalogue.elements(work.new).items() if name not in unneeded}
         if consolidated(store) is None:
             consolidate(store)  # without it readers go by the folders, and see them come one by one
         catalogue.check_free(store, list(made), overwrite)

@@ -5,28 +5,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from stsr import checkpoint
 from stsr.errors import StsrError, UsageError
 from stsr.genes import wanted_genes
+from stsr.geometry.correction import Correction
 from stsr.geometry.grid import LR_UM, Grid
 from stsr.geometry.measurement import Measurement
 from stsr.methods import method_class
+from stsr.methods.batch import Requirements
 from stsr.methods.method import Method
-from stsr.store import names
-from stsr.store.section import Section
+from stsr.store import catalogue, names
+from stsr.store.elements import labels
+from stsr.store.parts import Spots
+from stsr.store.section import SUPPORT_UM, Section
 from stsr.verbs.superres.mixtures import mixtures
 from stsr.version import __version__
 
 DEFAULT_SAMPLES = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A method and where it comes from."""
+    """A method and where it comes from.
+
+    Attributes
+    ----------
+    method
+        Ready to predict, on the device.
+    name
+        As in `stsr.methods.METHODS`.
+    model
+        The checkpoint's file name, ``default``, or the method's name if it needs no training.
+    digest
+        Of the checkpoint; None without one.
+    device
+        Where it predicts.
+    """
 
     method: Method
     name: str
@@ -35,31 +55,90 @@ class Loaded:
     device: torch.device
 
 
-@dataclass(frozen=True)
-class Task:
-    """Everything decided before the work begins."""
+@dataclass(frozen=True, kw_only=True)
+class SuperresJob:
+    """One run of superres, checked.
+
+    Attributes
+    ----------
+    section
+        What is read.
+    store
+        Where the maps are written: the section's own store or a copy.
+    loaded
+        The method.
+    genes
+        Names, in the order of the maps.
+    mixtures
+        (g, p) each gene as a mixture of panel genes.
+    grid
+        The method's bins over the whole section. Everything that a tile shows is made on it.
+    region
+        The window of the grid that is written.
+    factor
+        The method's bins per output bin, along a side.
+    measurement, spots
+        Spots over the grid, and their indices in the section; None without spots.
+    correction, corrected
+        How maps in output bins are made to add up to spots, and the indices of these in the section; None if they
+        are not.
+    support
+        (height, width) bool, over the whole section in output bins: maps are zero elsewhere.
+    samples, seed
+        Draws of a diffusion model, and their seed.
+    element, spread
+        Names of the map and of the spread over samples (None for a single sample).
+    notes
+        What the user should know.
+    provenance
+        How the maps are made, JSON-able.
+    """
 
     section: Section
+    store: Path
     loaded: Loaded
     genes: list[str]
-    mixtures: np.ndarray  # (g, p)
-    grid: Grid  # the method's bins over the wanted region
-    origin: tuple[int, int]  # first bin of the region in the whole section's grid: where noise is cut from
+    mixtures: np.ndarray
+    grid: Grid
+    region: Grid
+    factor: int
     measurement: Measurement | None
-    spots: np.ndarray  # spots of the section that the measurement keeps
-    consistency: bool
+    spots: np.ndarray
+    correction: Correction | None
+    corrected: np.ndarray
+    support: np.ndarray
     samples: int
-    factor: int  # method's bins per output bin
+    seed: int
     element: str
     spread: str | None
-    seed: int
     notes: list[str]
-    provenance: dict
+    provenance: dict[str, Any]
+
+    @property
+    def requirements(self) -> Requirements:
+        """What the method needs."""
+        return self.loaded.method.requirements
+
+    @property
+    def elements(self) -> list[str]:
+        """Names of the images to write."""
+        return [self.element] if self.spread is None else [self.element, self.spread]
 
     @property
     def output_grid(self) -> Grid:
         """The bins that are written."""
-        return self.grid.at(self.grid.bin_um * self.factor)
+        return self.region.at(self.grid.bin_um * self.factor)
+
+    @property
+    def area(self) -> Grid:
+        """The method's bins that must be predicted: the region, and what its correction depends on."""
+        return self.region if self.correction is None else self.correction.area.at(self.grid.bin_um)
+
+    def counts(self, genes: Sequence[str], spots: np.ndarray) -> sp.csr_matrix:
+        """Measured counts (spots, genes) of some spots of the section."""
+        measured = self.section.spots
+        assert measured is not None  # nobody asks without a measurement
+        return measured.select(genes)[spots]
 
 
 def check_included(including: Sequence[str], genes: list[str]) -> None:
@@ -68,7 +147,7 @@ def check_included(including: Sequence[str], genes: list[str]) -> None:
     Raises
     ------
     UsageError
-        Naming the first of them.
+        Names the first of them.
     """
     there = set(genes)
     for gene in including:
@@ -76,8 +155,10 @@ def check_included(including: Sequence[str], genes: list[str]) -> None:
             raise UsageError(f"{gene!r} is not among the {len(genes)} genes of this map; add it to --genes")
 
 
-def load(model, method: str | None, section: Section, use_lr: bool, device: torch.device) -> Loaded:
-    """The method to use: of a checkpoint, the packaged one, or one that needs no training.
+def load(
+    model: str | Path | None, method: str | None, section: Section, *, use_lr: bool, device: torch.device
+) -> Loaded:
+    """Load the method to use: from a checkpoint, the packaged one, or one that needs no training.
 
     Raises
     ------
@@ -93,19 +174,22 @@ def load(model, method: str | None, section: Section, use_lr: bool, device: torc
         loaded = checkpoint.load(path, device)
         label = "default" if model is None else path.name
         # channels_last is twice as fast on CPUs, and on tensor cores.
-        fast = loaded.method.to(memory_format=torch.channels_last)
-        return Loaded(fast, loaded.name, label, loaded.digest, device)
-    chosen = method_class(method)
+        fast = loaded.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch omits it
+        return Loaded(method=fast, name=loaded.name, model=label, digest=loaded.digest, device=device)
+    chosen: Any = method_class(method)
     if chosen.learns:
         raise UsageError(
             f"{method} has to be trained: stsr train SECTION --method {method} -o m.safetensors, then --model"
         )
     if section.spots is None or not use_lr:
         raise UsageError(f"{method} needs measured spots and {section.path.name} gives none; use a model")
-    return Loaded(chosen(panel=tuple(section.spots.genes)).eval(), method, method, None, device)
+    baseline = chosen(panel=tuple(section.spots.genes)).eval()
+    return Loaded(method=baseline, name=method, model=method, digest=None, device=device)
 
 
-def configure_sampling(method: Method, steps, sampler, guidance) -> None:
+def configure_sampling(
+    method: Method, *, steps: int | None, sampler: str | None, guidance: float | None
+) -> None:
     """Set how a diffusion method samples; what is None stays as the method has it.
 
     Raises
@@ -113,19 +197,32 @@ def configure_sampling(method: Method, steps, sampler, guidance) -> None:
     UsageError
         If the method does not sample, or a value is impossible.
     """
-    asked = {"steps": steps, "sampler": sampler, "guidance": guidance}
-    asked = {key: value for key, value in asked.items() if value is not None}
+    wishes = {"steps": steps, "sampler": sampler, "guidance": guidance}
+    asked = {key: value for key, value in wishes.items() if value is not None}
     if not asked:
         return
     if not hasattr(method, "sampling"):
         raise UsageError(f"this model does not sample; leave out {', '.join('--' + key for key in asked)}")
+    sampling: Any = method.sampling
     try:
-        method.sampling = replace(method.sampling, **asked)
+        method.sampling = replace(sampling, **asked)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def make_task(section, loaded, scale, genes, samples, use_lr, consistency, region, name, seed) -> Task:
+def make_job(
+    section: Section,
+    loaded: Loaded,
+    *,
+    scale: float,
+    genes: Sequence[str] | None,
+    samples: int | None,
+    use_lr: bool,
+    consistency: bool,
+    region: tuple[float, float, float, float] | None,
+    name: str | None,
+    seed: int,
+) -> SuperresJob:
     """Decide and check everything; arguments are those of `stsr.superres`.
 
     Raises
@@ -134,32 +231,32 @@ def make_task(section, loaded, scale, genes, samples, use_lr, consistency, regio
         As `stsr.superres`.
     """
     method, notes = loaded.method, []
-    needs = method.requirements
-    factor = _factor(scale, needs)
+    factor = _factor(scale, method.requirements)
     if method.learns and section.image is None:
         raise StsrError(
             f"no H&E image in {section.path.name}; run: stsr prepare FOLDER --he IMAGE, or use --method bicubic"
         )
-    if section.spots is None and use_lr:
-        notes.append("no measured spots: predicting from the image alone")
-        use_lr = False
     spots = section.spots if use_lr else None
-    measured = spots.genes if spots else []
-    chosen = wanted_genes(genes, measured, method.panel)
+    if spots is None and use_lr:
+        notes.append("no measured spots: predicting from the image alone")
+    chosen = wanted_genes(genes, spots.genes if spots else [], method.panel)
     mixed = _mixtures(chosen, method, spots)
-    whole = section.grid(needs.bin_um)
-    grid = _region(whole, region)
-    measurement, kept = spots.measurement(whole).window(grid) if spots else (None, np.zeros(0, int))
-    if spots and not len(kept):
-        raise UsageError("no spot lies whole in the region; make it larger, or add --no-lr")
-    outside = len(chosen) - int((mixed.sum(1) == 1).sum())
-    if outside and method.learns:
+    outside = int((mixed.sum(1) != 1).sum()) if method.learns else 0
+    if outside:
         notes.append(
             f"{plural(outside, 'gene')} not in the model's panel: inferred like panel genes with similar spots"
         )
+    grid = section.grid(method.requirements.bin_um)
+    window = _region(grid, region)
+    where = _where(section, spots, grid=grid, region=window, factor=factor, consistency=consistency)
+    correction = where["correction"]
+    if correction is not None and correction.beyond:
+        notes.append(
+            f"{plural(correction.beyond, 'spot')} {'reaches' if correction.beyond == 1 else 'reach'} beyond the image "
+            "or the tissue: there the map is zero, and does not add up to the spot"
+        )
     count = _samples(samples, method)
     element = names.check_name(name or names.superres_name(scale))
-    sampling = asdict(method.sampling) if method.samples else {}
     provenance = {
         "command": "superres",
         "origin": "predicted",
@@ -170,37 +267,89 @@ def make_task(section, loaded, scale, genes, samples, use_lr, consistency, regio
         "scale": scale,
         "bin_um": LR_UM / scale,
         "units": "expected counts per bin",
-        "spots_used": bool(spots),
-        "consistency": bool(consistency and spots),
+        "spots_used": spots is not None,
+        "consistency": correction is not None,
+        "spots_beyond_support": correction.beyond if correction is not None else 0,
         "samples": count,
         "seed": seed,
-        "genes_outside_panel": outside if method.learns else 0,
-        "region_um": list(grid.bounds_um),
-        **sampling,
+        "genes_outside_panel": outside,
+        "region_um": list(window.bounds_um),
+        **(asdict(method.sampling) if method.samples else {}),
     }
-    return Task(
-        section, loaded, chosen, mixed, grid, whole.offset_of(grid), measurement, kept, consistency, count, factor,
-        element, names.spread_name(element) if count > 1 else None, seed, notes, provenance,
-    )  # fmt: skip
+    return SuperresJob(
+        section=section,
+        store=section.path,
+        loaded=loaded,
+        genes=chosen,
+        mixtures=mixed,
+        grid=grid,
+        region=window,
+        factor=factor,
+        **where,
+        samples=count,
+        seed=seed,
+        element=element,
+        spread=names.spread_name(element) if count > 1 else None,
+        notes=notes,
+        provenance=provenance,
+    )
 
 
-def _factor(scale: float, needs) -> int:
+def _where(
+    section: Section, spots: Spots | None, *, grid: Grid, region: Grid, factor: int, consistency: bool
+) -> dict[str, Any]:
+    """The parts of a job that say where its spots lie and where its maps may be believed."""
+    coarse = grid.at(grid.bin_um * factor)
+    none = np.zeros(0, int)
+    where: dict[str, Any] = {
+        "support": section.support(coarse),
+        "measurement": None,
+        "spots": none,
+        "correction": None,
+        "corrected": none,
+    }
+    if spots is None:
+        return where
+    measurement, seeing = spots.measurement(grid).of_seeing_spots()
+    if not len(seeing):
+        raise UsageError("no spot lies in the measured area; add --no-lr")
+    where.update(measurement=measurement, spots=seeing)
+    if consistency:
+        if factor > 1:
+            measurement, seeing = spots.measurement(coarse).of_seeing_spots()
+        correction = Correction(measurement, region.at(coarse.bin_um), where["support"])
+        where.update(correction=correction, corrected=seeing[correction.spots])
+    return where
+
+
+def new_support(job: SuperresJob) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Labels ``support`` for a store that has none, and their provenance: {name: element}, {name: {...}}."""
+    if names.SUPPORT in (element.lower() for element in catalogue.elements(job.store)):
+        return {}, {}
+    grid = job.section.grid(SUPPORT_UM)
+    same = job.grid.bin_um * job.factor == SUPPORT_UM
+    supported = job.support if same else job.section.support(grid)
+    made = {"command": "superres", "origin": "derived", "stsr": __version__}
+    return {names.SUPPORT: labels(supported, grid, job.section.frame)}, {names.SUPPORT: made}
+
+
+def _factor(scale: float, needs: Requirements) -> int:
     """The method's bins per output bin, along a side."""
     finest = needs.per_lr
-    # The bounds first: what is no number at all cannot be rounded.
+    # The bounds first: NaN cannot be rounded.
     if not 1 <= scale <= finest or abs(scale - round(scale)) > 1e-9 or finest % round(scale):
         served = ", ".join(str(s) for s in range(finest, 0, -1) if finest % s == 0)
         raise UsageError(f"this model cannot serve --scale {scale:g}; choose one of {served}")
     return finest // round(scale)
 
 
-def _mixtures(genes: list[str], method: Method, spots) -> np.ndarray:
-    if not method.learns:  # nothing is shared between genes: each one is its own
+def _mixtures(genes: list[str], method: Method, spots: Spots | None) -> np.ndarray:
+    if not method.learns:  # each gene is predicted on its own
         return np.zeros((len(genes), len(method.panel)), np.float32)
     return mixtures(genes, method.panel, spots.genes if spots else [], spots.counts if spots else None)
 
 
-def _region(whole: Grid, region) -> Grid:
+def _region(whole: Grid, region: tuple[float, float, float, float] | None) -> Grid:
     if region is None:
         return whole
     if not (region[0] < region[2] and region[1] < region[3]):

@@ -18,8 +18,8 @@ from stsr.signals import Interrupted, interruptible
 from stsr.store import catalogue
 from stsr.store.section import Section, open_section
 from stsr.store.workspace import Workspace
-from stsr.verbs.superres.job import check_included, configure_sampling, load, make_task
-from stsr.verbs.superres.loop import Run
+from stsr.verbs.superres.job import check_included, configure_sampling, load, make_job
+from stsr.verbs.superres.loop import write_maps
 
 
 @dataclass(frozen=True)
@@ -127,22 +127,44 @@ def superres(
     began = time.monotonic()
     section = open_section(store)
     _check_output(section, output)
-    loaded = load(model, method, section, use_lr, resolve_device(device))
-    configure_sampling(loaded.method, steps, sampler, guidance)
-    task = make_task(section, loaded, scale, genes, samples, use_lr, consistency, region, name, seed)
-    check_included(including, task.genes)
-    for note in task.notes:
-        (report or silent)(note)
-    with interruptible() as interruption, _destination(section, output) as target:
-        task = replace(task, section=target)
-        run = Run(task, overwrite, progress or silent, report or silent, interruption)
-        error = run.write()
+    loaded = load(model, method, section, use_lr=use_lr, device=resolve_device(device))
+    configure_sampling(loaded.method, steps=steps, sampler=sampler, guidance=guidance)
+    job = make_job(
+        section,
+        loaded,
+        scale=scale,
+        genes=genes,
+        samples=samples,
+        use_lr=use_lr,
+        consistency=consistency,
+        region=region,
+        name=name,
+        seed=seed,
+    )
+    check_included(including, job.genes)
+    report, progress = report or silent, progress or silent
+    for note in job.notes:
+        report(note)
+    with interruptible() as interruption, _destination(section.path, output) as target:
+        error = write_maps(
+            replace(job, store=target),
+            overwrite=overwrite,
+            progress=progress,
+            report=report,
+            interruption=interruption,
+        )
     return Superres(
-        target.path, task.element, task.spread, len(task.genes), error, time.monotonic() - began, task.notes
+        store=target,
+        element=job.element,
+        spread=job.spread,
+        genes=len(job.genes),
+        consistency_error=error,
+        seconds=time.monotonic() - began,
+        notes=job.notes,
     )
 
 
-def _check_output(section: Section, output) -> None:
+def _check_output(section: Section, output: str | Path | None) -> None:
     """Refuse a copy where something else is, before any work."""
     if output is None or Path(output).resolve() == section.path:
         return
@@ -162,16 +184,16 @@ def _check_output(section: Section, output) -> None:
 
 
 def _measured(store: Path) -> dict:
-    """What tells a section: its elements that are no result, with their provenance and attributes."""
+    """What identifies a section: its elements that are no result, with their provenance and attributes."""
     made = catalogue.provenance(store)
     kept = [name for name in catalogue.elements(store) if not catalogue.is_result(made.get(name, {}))]
     return {name: (made.get(name), catalogue.element_attributes(store, name)) for name in kept}
 
 
 @contextmanager
-def _destination(section: Section, output) -> Iterator[Section]:
-    """The section to write into: itself, or a copy, which goes again if the run fails before it had a map."""
-    if output is None or Path(output).resolve() == section.path:
+def _destination(section: Path, output: str | Path | None) -> Iterator[Path]:
+    """The store to write to: the section's own, or a copy, removed again if the run fails before it has a map."""
+    if output is None or Path(output).resolve() == section:
         yield section
         return
     target = Path(output).resolve()
@@ -179,10 +201,10 @@ def _destination(section: Section, output) -> Iterator[Section]:
     if fresh:
         with disk_errors(target), Workspace(target, "copy") as work:
             work.wipe()
-            shutil.copytree(section.path, work.new)
+            shutil.copytree(section, work.new)
             os.rename(work.new, target)
     try:
-        yield open_section(target)
+        yield target
     except (Interrupted, KeyboardInterrupt, SystemExit):
         raise  # the same command goes on in the copy
     except BaseException:
