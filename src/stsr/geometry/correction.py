@@ -138,8 +138,9 @@ def _inside(grid: Grid, window: Grid) -> np.ndarray:
 def _around(grid: Grid, bins: np.ndarray) -> Grid:
     """The smallest window of whole low-resolution pixels that holds some bins, (bins,) bool."""
     rows, columns = np.nonzero(bins.reshape(grid.shape))
-    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
-    return grid.crop_um(*grid.window(int(rows.min()), int(columns.min()), height, width).bounds_um)
+    top, left = int(rows.min()), int(columns.min())
+    hull = grid.window(top, left, int(rows.max()) + 1 - top, int(columns.max()) + 1 - left)
+    return grid.crop_um(*hull.bounds_um)
 
 
 def _error(expected: np.ndarray, measured: np.ndarray) -> float:

@@ -165,13 +165,12 @@ def swap(
     """
     with locked(store):
         _recover_all(store, work)
-        present = {name.lower() for name in catalogue.elements(store)}
-        unneeded = {name for name in optional if name in present}
-        made = {name: kind for name, kind in catalogue.elements(work.new).items() if name not in unneeded}
         if consolidated(store) is None:
-            consolidate(store)  # without it readers go by the folders, and see them come one by one
-        catalogue.check_free(store, list(made), overwrite)
+            consolidate(store)  # without it readers list the folders, and see new elements one by one
         present = catalogue.elements(store)
+        unneeded = set(optional) & {name.lower() for name in present}
+        made = {name: kind for name, kind in catalogue.elements(work.new).items() if name not in unneeded}
+        catalogue.check_free(store, list(made), overwrite)
         # The spread of a map that is replaced goes with it: it would describe another map.
         spreads = [names.spread_name(name) for name in made]
         ours = [name for name in spreads if name in catalogue.provenance(store)]

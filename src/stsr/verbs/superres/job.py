@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,22 +72,22 @@ class SuperresJob:
     mixtures
         (g, p) each gene as a mixture of panel genes.
     grid
-        The method's bins over the whole section. Everything that a tile shows is made on it.
+        The method's bins over the whole section. All inputs of a tile are made on it.
     region
         The window of the grid that is written.
     factor
         The method's bins per output bin, along a side.
     measurement, spots
-        Spots over the grid, and their indices in the section; None without spots.
+        Spots over the grid (None without spots), and their indices in the section.
     correction, corrected
-        How maps in output bins are made to add up to spots, and the indices of these in the section; None if they
-        are not.
+        Correction of maps in output bins (None if they are not corrected), and the indices in the section of the
+        spots that it needs.
     support
         (height, width) bool, over the whole section in output bins: maps are zero elsewhere.
     samples, seed
         Draws of a diffusion model, and their seed.
-    element, spread
-        Names of the map and of the spread over samples (None for a single sample).
+    element
+        Name of the map.
     notes
         What the user should know.
     provenance
@@ -110,9 +110,13 @@ class SuperresJob:
     samples: int
     seed: int
     element: str
-    spread: str | None
     notes: list[str]
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def spread(self) -> str | None:
+        """Name of the spread over samples; None for a single sample."""
+        return names.spread_name(self.element) if self.samples > 1 else None
 
     @property
     def requirements(self) -> Requirements:
@@ -230,53 +234,26 @@ def make_job(
     UsageError, StsrError
         As `stsr.superres`.
     """
-    method, notes = loaded.method, []
+    method = loaded.method
     factor = _factor(scale, method.requirements)
     if method.learns and section.image is None:
         raise StsrError(
             f"no H&E image in {section.path.name}; run: stsr prepare FOLDER --he IMAGE, or use --method bicubic"
         )
     spots = section.spots if use_lr else None
-    if spots is None and use_lr:
-        notes.append("no measured spots: predicting from the image alone")
     chosen = wanted_genes(genes, spots.genes if spots else [], method.panel)
     mixed = _mixtures(chosen, method, spots)
     outside = int((mixed.sum(1) != 1).sum()) if method.learns else 0
-    if outside:
-        notes.append(
-            f"{plural(outside, 'gene')} not in the model's panel: inferred like panel genes with similar spots"
-        )
     grid = section.grid(method.requirements.bin_um)
-    window = _region(grid, region)
-    where = _where(section, spots, grid=grid, region=window, factor=factor, consistency=consistency)
-    correction = where["correction"]
-    if correction is not None and correction.beyond:
-        notes.append(
-            f"{plural(correction.beyond, 'spot')} {'reaches' if correction.beyond == 1 else 'reach'} beyond the image "
-            "or the tissue: there the map is zero, and does not add up to the spot"
-        )
-    count = _samples(samples, method)
-    element = names.check_name(name or names.superres_name(scale))
-    provenance = {
-        "command": "superres",
-        "origin": "predicted",
-        "stsr": __version__,
-        "method": loaded.name,
-        "model": loaded.model,
-        "checkpoint": loaded.digest,
-        "scale": scale,
-        "bin_um": LR_UM / scale,
-        "units": "expected counts per bin",
-        "spots_used": spots is not None,
-        "consistency": correction is not None,
-        "spots_beyond_support": correction.beyond if correction is not None else 0,
-        "samples": count,
-        "seed": seed,
-        "genes_outside_panel": outside,
-        "region_um": list(window.bounds_um),
-        **(asdict(method.sampling) if method.samples else {}),
-    }
-    return SuperresJob(
+    window, coarse = _region(grid, region), grid.at(grid.bin_um * factor)
+    measurement, seeing = _measurement(spots, grid)
+    support = section.support(coarse)
+    correction, corrected = None, seeing
+    output, coarse_seeing = (measurement, seeing) if factor == 1 else _measurement(spots, coarse)
+    if consistency and output is not None:
+        correction = Correction(output, window.at(coarse.bin_um), support)
+        corrected = coarse_seeing[correction.spots]
+    job = SuperresJob(
         section=section,
         store=section.path,
         loaded=loaded,
@@ -285,41 +262,70 @@ def make_job(
         grid=grid,
         region=window,
         factor=factor,
-        **where,
-        samples=count,
+        measurement=measurement,
+        spots=seeing,
+        correction=correction,
+        corrected=corrected,
+        support=support,
+        samples=_samples(samples, method),
         seed=seed,
-        element=element,
-        spread=names.spread_name(element) if count > 1 else None,
-        notes=notes,
-        provenance=provenance,
+        element=names.check_name(name or names.superres_name(scale)),
+        notes=_notes(blind=spots is None and use_lr, outside=outside, correction=correction),
     )
+    return replace(job, provenance=_provenance(job, scale=scale, outside=outside))
 
 
-def _where(
-    section: Section, spots: Spots | None, *, grid: Grid, region: Grid, factor: int, consistency: bool
-) -> dict[str, Any]:
-    """The parts of a job that say where its spots lie and where its maps may be believed."""
-    coarse = grid.at(grid.bin_um * factor)
-    none = np.zeros(0, int)
-    where: dict[str, Any] = {
-        "support": section.support(coarse),
-        "measurement": None,
-        "spots": none,
-        "correction": None,
-        "corrected": none,
-    }
+def _measurement(spots: Spots | None, grid: Grid) -> tuple[Measurement | None, np.ndarray]:
+    """Spots over a grid, and their indices in the section: all that see a bin."""
     if spots is None:
-        return where
+        return None, np.zeros(0, int)
     measurement, seeing = spots.measurement(grid).of_seeing_spots()
     if not len(seeing):
         raise UsageError("no spot lies in the measured area; add --no-lr")
-    where.update(measurement=measurement, spots=seeing)
-    if consistency:
-        if factor > 1:
-            measurement, seeing = spots.measurement(coarse).of_seeing_spots()
-        correction = Correction(measurement, region.at(coarse.bin_um), where["support"])
-        where.update(correction=correction, corrected=seeing[correction.spots])
-    return where
+    return measurement, seeing
+
+
+def _notes(*, blind: bool, outside: int, correction: Correction | None) -> list[str]:
+    """What the user should know before the work begins."""
+    notes = []
+    if blind:
+        notes.append("no measured spots: predicting from the image alone")
+    if outside:
+        notes.append(
+            f"{plural(outside, 'gene')} not in the model's panel: inferred like panel genes with similar spots"
+        )
+    if correction is not None and correction.beyond:
+        reach = "reaches" if correction.beyond == 1 else "reach"
+        notes.append(
+            f"{plural(correction.beyond, 'spot')} {reach} beyond the image or the tissue, where maps are zero: "
+            "there the map does not add up to the counts"
+        )
+    return notes
+
+
+def _provenance(job: SuperresJob, *, scale: float, outside: int) -> dict[str, Any]:
+    """How the maps of a job are made, JSON-able."""
+    method = job.loaded.method
+    sampling: Any = method.sampling if method.samples else None
+    return {
+        "command": "superres",
+        "origin": "predicted",
+        "stsr": __version__,
+        "method": job.loaded.name,
+        "model": job.loaded.model,
+        "checkpoint": job.loaded.digest,
+        "scale": scale,
+        "bin_um": LR_UM / scale,
+        "units": "expected counts per bin",
+        "spots_used": job.measurement is not None,
+        "consistency": job.correction is not None,
+        "spots_beyond_support": 0 if job.correction is None else job.correction.beyond,
+        "samples": job.samples,
+        "seed": job.seed,
+        "genes_outside_panel": outside,
+        "region_um": list(job.region.bounds_um),
+        **({} if sampling is None else asdict(sampling)),
+    }
 
 
 def new_support(job: SuperresJob) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
