@@ -15,6 +15,7 @@ VISIUM_SPOT_UM = 55.0
 VISIUM_PITCH_UM = 100.0
 _SUBSAMPLES = 16  # per side of a bin, for the part of a bin that a disc covers: good to 0.4 % of a bin
 _NEIGHBOURS = 6  # spots that speak for a bin between them: the sides of a hexagon
+_IN_TISSUE = 0.25  # of a spot's area; Visium too keeps spots at the rim that tissue covers in part
 _SHARE_REACH = 1.2  # of the spot pitch: how far from a spot its correction is felt
 _REACH = 0.75  # of the spot pitch: how far a spot speaks for its surroundings; over half a square's diagonal
 
@@ -117,10 +118,19 @@ class Measurement:
         shape = (int(some.sum()), self.spots)
         return unseen[some], sp.csr_matrix((weight[keep], (rows[keep], spot[some][keep])), shape)
 
+    def of_spots(self, spots: np.ndarray) -> Measurement:
+        """The measurement of some of the spots, by index."""
+        return Measurement(self.grid, self.matrix[spots], self.centres_um[spots])
+
     def of_seeing_spots(self) -> tuple[Measurement, np.ndarray]:
         """The measurement of the spots that see any bin, and their indices here."""
         spots = np.flatnonzero(self.bins_seen > 0)
-        return Measurement(self.grid, self.matrix[spots], self.centres_um[spots]), spots
+        return self.of_spots(spots), spots
+
+    def in_tissue(self, tissue: np.ndarray) -> np.ndarray:
+        """Indices of the spots that lie in tissue, (height, width) bool, with a quarter of their area or more."""
+        covered = self.matrix @ tissue.ravel()
+        return np.flatnonzero((covered > 0) & (covered >= _IN_TISSUE * self.bins_seen))
 
     def raster(self, counts, lr_um: float = LR_UM) -> tuple[np.ndarray, np.ndarray]:
         """Spots drawn as the low-resolution raster that networks read.

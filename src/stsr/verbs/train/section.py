@@ -188,9 +188,10 @@ def simulate_rasters(
     shifts: Sequence[tuple[int, int]],
     kinds: Sequence[str],
     seen: np.ndarray,
+    tissue: np.ndarray,
     lr_um: float,
 ) -> list[list[Raster]]:
-    """Spots of every kind at every shift.
+    """Spots of every kind at every shift; as in `prepare`, only those that lie in tissue.
 
     Parameters
     ----------
@@ -198,6 +199,8 @@ def simulate_rasters(
         First bin (row, column) of each raster.
     seen
         (height, width) bool: bins that may enter the section's mean counts, by whole low-resolution pixels.
+    tissue
+        (height, width) bool.
     """
     matrix = counts.matrix
     per_lr = grid.height // grid.at(lr_um).height
@@ -213,6 +216,7 @@ def simulate_rasters(
         phase = []
         for kind in kinds:
             measurement = SPOT_KINDS[kind](grid.window(row, column, height, width))
+            measurement = measurement.of_spots(measurement.in_tissue(tissue[part]))
             lr, mask = measurement.raster((measurement.matrix @ inside).tocsr(), lr_um)
             phase.append(Raster(row, column, lr, mask, lr_mean(lr, mask * weight)))
         rasters.append(phase)
