@@ -87,7 +87,8 @@ class MapWriter:
         self._frame = frame
         self._overwrite = overwrite
         self._work = Workspace(self.store, self.elements[0])
-        self._arrays: dict[str, Any] = {}
+        self._arrays: dict[str, Any] = {}  # finest level of each element
+        self._paths: dict[str, list[str]] = {}  # of the levels of each element, fine to coarse
         self._done: dict[str, object] = {}
 
     @property
@@ -234,16 +235,16 @@ class MapWriter:
         import zarr
 
         for element in self.elements:
-            paths, _ = catalogue.image_metadata(self._work.new, element)
-            self._arrays[element] = zarr.open_array(self._work.new / "images" / element / paths[0], mode="r+")
+            self._paths[element], _ = catalogue.image_metadata(self._work.new, element)
+            finest = self._work.new / "images" / element / self._paths[element][0]
+            self._arrays[element] = zarr.open_array(finest, mode="r+")
 
     def _build_pyramid(self, element: str) -> None:
         """Coarser levels as means of 2 x 2 bins, a row of chunks at a time."""
         import zarr
 
         folder = self._work.new / "images" / element
-        paths, _ = catalogue.image_metadata(self._work.new, element)
-        for fine_path, coarse_path in pairwise(paths):
+        for fine_path, coarse_path in pairwise(self._paths[element]):
             fine: Any = zarr.open_array(folder / fine_path, mode="r")
             coarse: Any = zarr.open_array(folder / coarse_path, mode="r+")
             for gene in range(0, coarse.shape[0], CHUNKS[0]):

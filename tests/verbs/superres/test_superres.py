@@ -13,6 +13,7 @@ import torch
 
 from stsr import checkpoint
 from stsr.errors import StsrError, UsageError
+from stsr.geometry.correction import Correction
 from stsr.geometry.grid import Grid
 from stsr.geometry.measurement import Measurement
 from stsr.methods import method_class
@@ -415,6 +416,49 @@ def test_output_leaves_the_section_alone(store, model, tmp_path):
     superres(path, model=model, genes=["LUM"], samples=1, output=tmp_path / "copy.zarr")
     assert "superres_x10" not in open_section(path).elements
     assert "superres_x10" in open_section(tmp_path / "copy.zarr").elements
+
+
+def test_an_interrupted_run_goes_on_at_the_same_band(store, model, monkeypatch):
+    calm, path = store(name="calm.zarr"), store()
+    monkeypatch.setattr(loop, "MEMORY_BYTES", 1)
+    options = {"model": model, "genes": open_section(path).spots.genes[:40], "samples": 2}
+    predicted, corrected = [], []
+    tile, apply = predict.Predictor.tile, Correction.apply
+
+    def counted(self, field, where):
+        predicted.append(where)
+        if len(predicted) == stop_at_tile:
+            raise KeyboardInterrupt
+        return tile(self, field, where)
+
+    def corrected_once(self, maps, counts):
+        corrected.append(maps.shape)
+        if len(corrected) == stop_at_group:
+            raise KeyboardInterrupt
+        return apply(self, maps, counts)
+
+    monkeypatch.setattr(predict.Predictor, "tile", counted)
+    monkeypatch.setattr(Correction, "apply", corrected_once)
+    stop_at_tile = stop_at_group = None
+    superres(calm, **options)
+    every = len(predicted)  # 3 blocks of genes through 2 bands of 3 tiles
+    runs = []
+    for stop_at_tile, stop_at_group in ((9, None), (None, 2), (None, None)):  # noqa: B007 - read above
+        predicted.clear(), corrected.clear()
+        try:
+            superres(path, **options)
+        except KeyboardInterrupt:
+            assert "superres_x10" not in open_section(path).elements
+        runs.append((len(predicted), len(corrected)))
+    assert every == 18
+    assert runs == [
+        (9, 1),
+        (12, 2),
+        (0, 1),
+    ]  # stopped in the second block; in its correction of the third; done
+    for element in ("superres_x10", "superres_x10_sd"):
+        np.testing.assert_array_equal(read(path, element), read(calm, element))
+    assert [name for name in os.listdir(path.parent) if name.startswith(".")] == []
 
 
 def test_killed_at_any_moment_the_store_opens_and_the_same_command_finishes(store, model):
