@@ -1,4 +1,4 @@
-"""How bins add up to spots: a sparse matrix that simulates spots, draws them as a raster and keeps maps honest."""
+"""How bins add up to spots: a sparse matrix that simulates spots and draws them as a raster."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from stsr.geometry.grid import LR_UM, Grid
 VISIUM_SPOT_UM = 55.0
 VISIUM_PITCH_UM = 100.0
 _SUBSAMPLES = 16  # per side of a bin, for the part of a bin that a disc covers: good to 0.4 % of a bin
-_NEIGHBOURS = 6  # spots that speak for a bin between them: the sides of a hexagon
+_NEIGHBOURS = 6  # spots around a bin that no spot sees: the corners of a hexagon
 _IN_TISSUE = 0.25  # of a spot's area; Visium too keeps spots at the rim that tissue covers in part
 _SHARE_REACH = 1.2  # of the spot pitch: how far from a spot its correction is felt
-_REACH = 0.75  # of the spot pitch: how far a spot speaks for its surroundings; over half a square's diagonal
+_REACH = 0.75  # of the spot pitch: how far a spot represents its surroundings; over half a square's diagonal
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Spots over a grid.
+    """Spots over a grid, and which part of each bin they see.
 
     Parameters
     ----------
     grid
         The bins.
     matrix
-        A (spots, bins), in [0, 1]: which part of each bin a spot sees. Bins are in row-major order.
+        A (spots, bins), in [0, 1]: the part of each bin that a spot covers. Bins are in row-major order.
     centres_um
         Spot centres (spots, 2) as x, y, um.
     """
@@ -40,7 +40,7 @@ class Measurement:
 
     @classmethod
     def squares(cls, grid: Grid, centres_um: np.ndarray | None = None, side_um: float = LR_UM) -> Measurement:
-        """Square spots side by side: the papers' simulation when ``centres_um`` is not given."""
+        """Square spots; by default side by side over the whole grid, as the papers simulate them."""
         if centres_um is None:
             x, y = grid.at(side_um).centres_um()
             centres_um = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
@@ -59,7 +59,7 @@ class Measurement:
     def hexagonal(
         cls, grid: Grid, pitch_um: float = VISIUM_PITCH_UM, diameter_um: float = VISIUM_SPOT_UM
     ) -> Measurement:
-        """Visium's lattice laid over the grid, with the spots that lie in it whole."""
+        """Visium's lattice over the grid: all spots that lie in it whole."""
         return cls.discs(grid, hexagonal_lattice(grid.bounds_um, pitch_um, diameter_um), diameter_um)
 
     @property
@@ -69,7 +69,7 @@ class Measurement:
 
     @cached_property
     def bins_seen(self) -> np.ndarray:
-        """How many bins each spot sees, as area (spots,): its size in the grid; 0 for spots outside."""
+        """Area of each spot within the grid (spots,), in bins; 0 for spots outside."""
         return np.asarray(self.matrix.sum(1)).ravel()
 
     @cached_property
@@ -82,7 +82,7 @@ class Measurement:
 
     @cached_property
     def nearest(self) -> np.ndarray:
-        """The spot that speaks for each bin (height, width), -1 where none is near enough."""
+        """The nearest spot of each bin (height, width); -1 if it is farther than 0.75 of the spot pitch."""
         x, y = self.grid.centres_um()
         points = np.stack(np.meshgrid(x, y), axis=-1)  # (height, width, 2)
         if not self.spots:
@@ -92,7 +92,7 @@ class Measurement:
         return np.where(np.isfinite(distance), index, -1)
 
     def add_up(self, maps: np.ndarray) -> np.ndarray:
-        """What each spot would measure: maps (g, height, width) of counts -> (spots, g)."""
+        """Counts that each spot would measure: maps (g, height, width) -> (spots, g)."""
         flat = maps.reshape(len(maps), -1)  # (g, bins)
         return self.matrix @ flat.T
 
@@ -105,7 +105,7 @@ class Measurement:
         count = min(_NEIGHBOURS, self.spots)
         reach = _SHARE_REACH * self.pitch_um
         side_by_side = self.bins_seen.max() * self.grid.bin_um**2 > 0.95 * self.pitch_um**2
-        # Between spots that touch there is nothing: what they leave out is where nobody looked.
+        # Spots that touch have no bins between them: what they leave out was not measured.
         unseen = np.zeros(0, int) if side_by_side else np.flatnonzero(~seen)
         distance, spot = cKDTree(self.centres_um).query(points[unseen], k=count, distance_upper_bound=reach)
         distance, spot = distance.reshape(-1, count), spot.reshape(-1, count)
@@ -133,10 +133,10 @@ class Measurement:
         return np.flatnonzero((covered > 0) & (covered >= _IN_TISSUE * self.bins_seen))
 
     def raster(self, counts, lr_um: float = LR_UM) -> tuple[np.ndarray, np.ndarray]:
-        """Spots drawn as the low-resolution raster that networks read.
+        """Draw spots as the low-resolution raster that networks read.
 
-        Every bin takes the density of the spot that speaks for it, and low-resolution pixels average over their
-        bins: for square spots this is the counts themselves, for discs the counts a whole pixel would have had.
+        Each bin takes the density of its nearest spot, and each low-resolution pixel the mean over its bins: for square
+        spots the counts themselves, for discs the counts that a whole pixel would have had.
 
         Parameters
         ----------
@@ -146,8 +146,8 @@ class Measurement:
         Returns
         -------
         lr, mask
-            Counts per low-resolution pixel (g, h, w) float32; part of the pixel that any spot speaks for
-            (1, h, w) float32. Where the mask is 0, lr is 0.
+            Counts per low-resolution pixel (g, h, w) float32; part of the pixel that is near a spot (1, h, w)
+            float32. Where the mask is 0, lr is 0.
         """
         weights, mask = self._raster_weights(lr_um)
         lr = np.asarray(
@@ -162,7 +162,7 @@ class Measurement:
         pixel = (rows // per_lr) * coarse.width + columns // per_lr
         spot = self.nearest.ravel()
         spoken = spot >= 0
-        # Spots that stick out of the grid still measured with their whole area.
+        # Spots at the rim of the grid were measured with their whole area.
         area = np.maximum(self.bins_seen, self.bins_seen.max(initial=1.0))
         share = sp.coo_matrix(
             (1.0 / area[spot[spoken]], (pixel.ravel()[spoken], spot[spoken])),

@@ -131,10 +131,6 @@ class MapWriter:
         with disk_errors(self.store):
             self._arrays[element][genes, rows, columns] = np.asarray(values, dtype=np.float32)
 
-    def read(self, element: str, genes: slice, rows: slice, columns: slice) -> np.ndarray:
-        """A block (genes, rows, columns) float32 as written so far, 0 elsewhere."""
-        return self._arrays[element][genes, rows, columns]
-
     def is_done(self, block: str) -> bool:
         """Whether a block of this name was finished, by this run or by a killed one of the same command."""
         return block in self._done

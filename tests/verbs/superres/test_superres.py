@@ -421,7 +421,7 @@ def test_output_leaves_the_section_alone(store, model, tmp_path):
 def test_an_interrupted_run_goes_on_at_the_same_band(store, model, monkeypatch):
     calm, path = store(name="calm.zarr"), store()
     monkeypatch.setattr(loop, "MEMORY_BYTES", 1)
-    options = {"model": model, "genes": open_section(path).spots.genes[:40], "samples": 2}
+    options = {"model": model, "genes": open_section(path).spots.genes[:40], "samples": 2, "steps": 1}
     predicted, corrected = [], []
     tile, apply = predict.Predictor.tile, Correction.apply
 

@@ -1,4 +1,4 @@
-"""What one run of superres is to do, decided and checked before any work."""
+"""The job of one run of superres, checked before any work is done."""
 
 from __future__ import annotations
 
@@ -167,12 +167,12 @@ def load(
     Raises
     ------
     UsageError
-        If both are asked for, the method has to be trained, or it needs spots that are not there.
+        If both are given, the method has to be trained, or it needs spots and the section has none.
     StsrError
         If the checkpoint is missing or damaged.
     """
     if model is not None and method is not None:
-        raise UsageError("--model and --method exclude each other: a model knows its method")
+        raise UsageError("--model and --method exclude each other: a model contains its method")
     if method is None:
         path = checkpoint.default_weights() if model is None else Path(model)
         loaded = checkpoint.load(path, device)
@@ -186,7 +186,7 @@ def load(
             f"{method} has to be trained: stsr train SECTION --method {method} -o m.safetensors, then --model"
         )
     if section.spots is None or not use_lr:
-        raise UsageError(f"{method} needs measured spots and {section.path.name} gives none; use a model")
+        raise UsageError(f"{method} needs measured spots and {section.path.name} has none; use a model")
     baseline = chosen(panel=tuple(section.spots.genes)).eval()
     return Loaded(method=baseline, name=method, model=method, digest=None, device=device)
 
@@ -194,12 +194,12 @@ def load(
 def configure_sampling(
     method: Method, *, steps: int | None, sampler: str | None, guidance: float | None
 ) -> None:
-    """Set how a diffusion method samples; what is None stays as the method has it.
+    """Set how a diffusion method samples; a value of None keeps the method's own.
 
     Raises
     ------
     UsageError
-        If the method does not sample, or a value is impossible.
+        If the method does not sample, or a value is out of range.
     """
     wishes = {"steps": steps, "sampler": sampler, "guidance": guidance}
     asked = {key: value for key, value in wishes.items() if value is not None}
@@ -227,7 +227,7 @@ def make_job(
     name: str | None,
     seed: int,
 ) -> SuperresJob:
-    """Decide and check everything; arguments are those of `stsr.superres`.
+    """Check what is asked for and make the job; arguments are those of `stsr.superres`.
 
     Raises
     ------
