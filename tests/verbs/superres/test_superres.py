@@ -330,7 +330,13 @@ def test_baselines_need_no_model(store):
     path = store()
     result = superres(path, method="bicubic", genes=["all"])
     assert result.spread is None and result.consistency_error < 1e-3
-    assert open_section(path).map("superres_x10").genes == open_section(path).spots.genes
+    superres(path, method="bicubic", genes=["LUM"], consistency=False, name="loose")
+    section = open_section(path)
+    assert section.map("superres_x10").genes == section.spots.genes
+    loose = section.map("loose")
+    whole = whole_spots(section, loose.grid)
+    added = section.spots.measurement(loose.grid).add_up(loose.read())[whole, 0]
+    assert np.corrcoef(added, section.spots.select(["LUM"]).toarray()[whole, 0])[0, 1] > 0.8
 
 
 def test_a_section_smaller_than_a_tile(tmp_path, model):
