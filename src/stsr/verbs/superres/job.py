@@ -89,7 +89,7 @@ class SuperresJob:
     element
         Name of the map.
     notes
-        What the user should know.
+        What the user should know before the work begins.
     provenance
         How the maps are made, JSON-able.
     """
@@ -270,7 +270,7 @@ def make_job(
         samples=_samples(samples, method),
         seed=seed,
         element=names.check_name(name or names.superres_name(scale)),
-        notes=_notes(blind=spots is None and use_lr, outside=outside, correction=correction),
+        notes=_notes(blind=spots is None and use_lr, outside=outside),
     )
     return replace(job, provenance=_provenance(job, scale=scale, outside=outside))
 
@@ -285,7 +285,7 @@ def _measurement(spots: Spots | None, grid: Grid) -> tuple[Measurement | None, n
     return measurement, seeing
 
 
-def _notes(*, blind: bool, outside: int, correction: Correction | None) -> list[str]:
+def _notes(*, blind: bool, outside: int) -> list[str]:
     """What the user should know before the work begins."""
     notes = []
     if blind:
@@ -294,13 +294,19 @@ def _notes(*, blind: bool, outside: int, correction: Correction | None) -> list[
         notes.append(
             f"{plural(outside, 'gene')} not in the model's panel: inferred like panel genes with similar spots"
         )
-    if correction is not None and correction.beyond:
-        reach = "reaches" if correction.beyond == 1 else "reach"
-        notes.append(
-            f"{plural(correction.beyond, 'spot')} {reach} beyond the image or the tissue, where maps are zero: "
-            "there the map does not add up to the counts"
-        )
     return notes
+
+
+def notes_on_result(job: SuperresJob) -> list[str]:
+    """What the user should know about the maps that were written."""
+    beyond = 0 if job.correction is None else job.correction.beyond
+    if not beyond:
+        return []
+    reach = "reaches" if beyond == 1 else "reach"
+    return [
+        f"{plural(beyond, 'spot')} {reach} beyond the image or the tissue, where maps are zero: "
+        "there the map does not add up to the counts"
+    ]
 
 
 def _provenance(job: SuperresJob, *, scale: float, outside: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from stsr.signals import Interrupted, interruptible
 from stsr.store import catalogue
 from stsr.store.section import Section, open_section
 from stsr.store.workspace import Workspace
-from stsr.verbs.superres.job import check_included, configure_sampling, load, make_job
+from stsr.verbs.superres.job import check_included, configure_sampling, load, make_job, notes_on_result
 from stsr.verbs.superres.loop import write_maps
 
 
@@ -156,6 +156,9 @@ def superres(
             report=report,
             interruption=interruption,
         )
+    remarks = notes_on_result(job)
+    for remark in remarks:
+        report(remark)
     return Superres(
         store=target,
         element=job.element,
@@ -163,7 +166,7 @@ def superres(
         genes=len(job.genes),
         consistency_error=error,
         seconds=time.monotonic() - began,
-        notes=job.notes,
+        notes=job.notes + remarks,
     )
 
 
