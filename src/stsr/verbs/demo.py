@@ -103,10 +103,9 @@ def demo(
     write_xenium(tissue, folder / "xenium", labels=False, mirror=True, turn_deg=5)
     write_visium(tissue, folder / "visium", seed=seed)
     tell("2/4  stsr prepare: checking, aligning, counting")
-    stores = {
-        name: prepare(folder / name, folder / f"{name}.zarr", overwrite=True, progress=progress)
-        for name in _SECTIONS
-    }
+    stores = {}
+    for name in _SECTIONS:
+        stores[name] = prepare(folder / name, folder / f"{name}.zarr", overwrite=True, progress=progress)
     tell("3/4  stsr superres: the model and two baselines")
     scores, figures = [], {}
     for name, store in stores.items():
