@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from stsr.geometry.correction import Correction
 from stsr.geometry.grid import Grid
 from stsr.geometry.measurement import Measurement, hexagonal_lattice
 
@@ -66,7 +67,7 @@ def test_corrected_maps_add_up_to_the_measured_counts(make, maps):
     measurement = make(GRID)
     counts = measurement.add_up(maps)
     guess = np.random.default_rng(1).gamma(1.0, 2.0, maps.shape).astype(np.float32)
-    error = measurement.correct(guess, counts)
+    error = Correction(measurement).apply(guess, counts)
     assert error < 1e-3
     np.testing.assert_allclose(measurement.add_up(guess), counts, rtol=2e-3, atol=1e-3)
 
@@ -79,7 +80,7 @@ def test_bins_between_spots_take_the_root_of_what_the_spots_say():
         1e6 * measurement.bins_seen[:, None] * np.array([[4.0], [16.0]])
     )  # so many that the added count is nothing
     maps *= 1e6
-    measurement.correct(maps, counts)
+    Correction(measurement).apply(maps, counts)
     row = (150 - 30) // 10
     assert maps[0, row, (100 + 20) // 10] == pytest.approx(4e6, rel=0.05)
     assert maps[0, row, (150 + 20) // 10] == pytest.approx(
@@ -92,14 +93,14 @@ def test_correction_is_in_closed_form_for_one_spot():
     grid = Grid(0, 0, 50, 2, 2)
     measurement = Measurement.squares(grid)
     maps = np.array([[[1.0, 2.0], [3.0, 4.0]]], np.float32)
-    measurement.correct(maps, np.array([[20.0]]))
+    Correction(measurement).apply(maps, np.array([[20.0]]))
     np.testing.assert_allclose(maps, [[[2, 4], [6, 8]]], rtol=1e-3)
 
 
 def test_counts_where_the_map_is_empty_are_spread_evenly():
     measurement = Measurement.squares(Grid(0, 0, 50, 2, 2))
     maps = np.zeros((1, 2, 2), np.float32)
-    measurement.correct(maps, np.array([[8.0]]))
+    Correction(measurement).apply(maps, np.array([[8.0]]))
     np.testing.assert_allclose(maps, np.full((1, 2, 2), 2.0), rtol=1e-3)
 
 
@@ -108,22 +109,71 @@ def test_overlapping_spots_are_satisfied_together(maps):
     measurement = Measurement.discs(GRID, centres, 55)
     counts = measurement.add_up(maps)
     guess = np.ones_like(maps)
-    assert measurement.correct(guess, counts) < 1e-3
+    assert Correction(measurement).apply(guess, counts) < 1e-3
 
 
-def test_a_window_keeps_the_spots_that_lie_whole_in_it(maps):
+WIDE = Grid(-20.0, 30.0, 10.0, 90, 100)
+
+
+def scattered(grid):
+    """Discs of first-generation ST: 100 um, about 200 um apart."""
+    x, y = np.meshgrid(np.arange(40.0, 960, 200), np.arange(90.0, 900, 200))
+    centres = np.stack([x.ravel(), y.ravel()], 1)
+    return Measurement.discs(grid, centres + np.random.default_rng(2).uniform(-5, 5, centres.shape), 100)
+
+
+def slanted(grid):
+    """Squares that do not lie on the edges of bins, so that neighbours share bins."""
+    x, y = np.meshgrid(np.arange(53.7, 900, 100), np.arange(103.1, 850, 100))
+    return Measurement.squares(grid, np.stack([x.ravel(), y.ravel()], 1))
+
+
+@pytest.mark.parametrize("make", [Measurement.squares, Measurement.hexagonal, scattered, slanted])
+@pytest.mark.parametrize("bin_um", [10, 20, 50])
+def test_correction_of_a_window_equals_that_of_the_whole(make, bin_um):
+    grid = WIDE.at(bin_um)
+    measurement, window = make(grid), WIDE.window(30, 40, 20, 10).at(bin_um)
+    rng = np.random.default_rng(0)
+    guess = rng.gamma(1.0, 2.0, (3, *grid.shape)).astype(np.float32)
+    guess[:, : grid.height // 2, : grid.width // 2] = (
+        0  # spots that measured something where the map is empty
+    )
+    counts = rng.poisson(20, (measurement.spots, 3))
+    whole = guess.copy()
+    Correction(measurement).apply(whole, counts)
+    correction = Correction(measurement, window)
+    rows, columns = place(grid, correction.area)
+    part = guess[:, rows, columns].copy()
+    correction.apply(part, counts[correction.spots])
+    inner = place(correction.area, window)
+    np.testing.assert_array_equal(part[:, *inner], whole[:, *place(grid, window)])
+    assert not np.array_equal(part[:, *inner], guess[:, *place(grid, window)])
+    shares_bins = ((measurement.matrix > 1e-6).sum(0) > 1).any()
+    assert (correction.area == grid) == shares_bins
+
+
+def place(grid, window):
+    row, column = grid.offset_of(window)
+    return slice(row, row + window.height), slice(column, column + window.width)
+
+
+def test_error_is_measured_over_spots_in_the_support(maps):
     measurement = Measurement.hexagonal(GRID)
-    window = GRID.window(10, 10, 20, 20)
-    part, spots = measurement.window(window)
-    x0, y0, x1, y1 = window.bounds_um
-    centres = measurement.centres_um
-    whole = ((centres - 27.5 >= [x0, y0]) & (centres + 27.5 <= [x1, y1])).all(1)
-    np.testing.assert_array_equal(spots, np.flatnonzero(whole))
-    np.testing.assert_allclose(part.add_up(maps[:, 10:30, 10:30]), measurement.add_up(maps)[spots], rtol=1e-5)
+    counts = measurement.add_up(maps)
+    support = np.ones(GRID.shape, bool)
+    support[:, 25:] = False
+    correction = Correction(measurement, support=support)
+    inside = measurement.matrix @ ~support.ravel() == 0
+    assert correction.beyond == (~inside).sum() > 0
+    guess = np.ones_like(maps)
+    counts[~inside] *= 1e12  # what cannot be reached in float32 does not count
+    assert correction.apply(guess, counts) < 1e-3
+    assert Correction(measurement, support=~support | support).beyond == 0
+    assert Correction(measurement, support=np.zeros_like(support)).apply(guess, counts) is None
 
 
-def test_a_window_that_sticks_out_is_cut():
-    measurement = Measurement.squares(GRID)
-    part, spots = measurement.window(GRID.window(30, 40, 20, 20))
-    assert part.grid.shape == (10, 10)
-    assert spots.tolist() == [19]
+def test_spots_that_see_nothing_are_left_out():
+    centres = np.array([[100.0, 150.0], [-500.0, 0.0], [300.0, 150.0]])
+    measurement, spots = Measurement.discs(GRID, centres, 55).of_seeing_spots()
+    assert spots.tolist() == [0, 2] and measurement.spots == 2
+    np.testing.assert_array_equal(measurement.centres_um, centres[[0, 2]])

@@ -129,6 +129,27 @@ def test_newest_map_is_found(path):
     assert catalogue.Catalogue(path).newest_superres() == "superres_x10"
 
 
+def test_an_element_beside_a_map_is_published_with_the_first(path):
+    made = {**SUPERRES, "support": {"command": "superres", "origin": "derived"}}
+    for value, name in ((1, "superres_x10"), (2, "superres_x5")):
+        with MapWriter(path, [name], GENES, GRID, made, beside={"support": labels(value)}):
+            pass
+        assert np.unique(np.asarray(opened(path).labels["support"].data)).tolist() == [1]
+    assert set(opened(path).images) == {"he", "superres_x10", "superres_x5"}
+    assert catalogue.provenance(path)["support"]["origin"] == "derived" and nothing_beside(path)
+
+
+def test_unfinished_work_stays_with_the_blocks_that_are_done(path):
+    for keep in (True, False):
+        with pytest.raises(KeyboardInterrupt), MapWriter(path, ["superres_x10"], GENES, GRID) as writer:
+            file = writer.scratch("0.raw")
+            file.write_text("half")
+            writer.keep = keep
+            raise KeyboardInterrupt
+        assert file.exists() == keep
+    assert nothing_beside(path)
+
+
 # -------------------------------------------------------------------------------------------------- what stays
 
 

@@ -14,16 +14,17 @@ from stsr.geometry.grid import LR_UM, Grid
 from stsr.geometry.lattice import VISIUM_PITCH_UM, VISIUM_SPOT_UM, hexagonal_lattice, median_pitch
 
 _SUBSAMPLES = 16  # per side of a bin, for the part of a bin that a disc covers: good to 0.4 % of a bin
-_NEIGHBOURS = 6  # spots that speak for a bin between them: the sides of a hexagon
+_NEIGHBOURS = 6  # spots around a bin that no spot sees: the corners of a hexagon
+IN_TISSUE = 0.25
+"""Least share of a spot's area in tissue; Visium too keeps spots at the rim that tissue covers in part."""
 _SHARE_REACH = 1.2  # of the spot pitch: how far from a spot its correction is felt
-_SHARED = 0.5
 _REACH = 0.75  # of the spot pitch: how far a spot speaks for its surroundings; over half a square's diagonal
 _POINTS = 2**20  # bins whose nearest spots are searched at once, for bounded memory
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Spots over a grid.
+    """Spots over a grid, and which part of each bin they see.
 
     Parameters
     ----------
@@ -88,64 +89,8 @@ class Measurement:
         flat = maps.reshape(len(maps), -1)  # (g, bins)
         return self.matrix @ flat.T
 
-    def correct(
-        self, maps: np.ndarray, counts: np.ndarray, tolerance: float = 1e-3, rounds: int = 50
-    ) -> float:
-        """Make maps add up to what was measured, in place: ``x <- x A^T(y / Ax) / A^T 1`` until they do.
-
-        Bins between spots, which no spot sees, take a part of what the spots around them say (`_share`); bins far from
-        any spot keep their values. A spot that measured something where the map has nothing gets it spread evenly; one
-        that sees no bin is left out.
-
-        Parameters
-        ----------
-        maps
-            (g, height, width) float32, counts per bin, not negative.
-        counts
-            Measured counts (spots, g).
-        tolerance
-            Largest relative error, summed over the spots of any one gene, at which to stop.
-
-        Returns
-        -------
-        float
-            The largest relative error of a gene that is left: ``sum |Ax - y| / sum y``.
-        """
-        if not self.spots:
-            return 0.0
-        flat = maps.reshape(len(maps), -1)  # (g, bins), a view
-        measured = np.where(self.bins_seen[:, None] > 0, counts, 0).astype(np.float64)  # (spots, g)
-        total = np.maximum(measured.sum(0), 1e-12)
-        seen = np.asarray(self.matrix.sum(0)).ravel()
-        bins = np.flatnonzero(seen)
-        matrix, back = self.matrix[:, bins].astype(np.float64), self._back(seen, bins)
-        values = flat[:, bins].T.astype(np.float64)  # (bins, g)
-        empty = (matrix @ values <= 0) & (measured > 0)
-        values += 1e-9 * (matrix.T @ empty)
-        self._share(flat, values, matrix, measured, seen)
-        for _ in range(rounds):
-            expected = matrix @ values
-            error = float((np.abs(expected - measured).sum(0) / total).max(initial=0.0))
-            if error < tolerance / 2:  # float32 takes the rest
-                break
-            values *= back @ np.divide(measured, expected, out=np.zeros_like(measured), where=expected > 0)
-        flat[:, bins] = values.T
-        return error
-
-    def _share(self, flat, values, matrix, measured, seen) -> None:
-        """Multiply bins between spots by the root of the mean factor ``y / Ax`` of the spots around them, in place.
-
-        The root, not the whole: measured on Visium discs over known truth, half of the correction in logarithms has the
-        least error between spots (docs/experiments.md). One count is added to both sides against noise.
-        """
-        unseen, weights = self._around
-        if not len(unseen):
-            return
-        factor = np.log((measured + 1) / (matrix @ values + 1))  # (spots, g)
-        flat[:, unseen] *= np.exp(_SHARED * (weights @ factor)).T.astype(flat.dtype)
-
     @cached_property
-    def _around(self) -> tuple[np.ndarray, sp.csr_matrix]:
+    def around(self) -> tuple[np.ndarray, sp.csr_matrix]:
         """Bins between spots, and their weights (bins, spots) on the spots around: inverse squares of distances."""
         seen = np.asarray(self.matrix.sum(0)).ravel() > 0
         x, y = self.grid.centres_um()
@@ -153,7 +98,7 @@ class Measurement:
         count = min(_NEIGHBOURS, self.spots)
         reach = _SHARE_REACH * self.pitch_um
         side_by_side = self.bins_seen.max() * self.grid.bin_um**2 > 0.95 * self.pitch_um**2
-        # Between spots that touch there is nothing: what they leave out is where nobody looked.
+        # Spots that touch have no bins between them: what they leave out was not measured.
         unseen = np.zeros(0, int) if side_by_side else np.flatnonzero(~seen)
         distance, spot = cKDTree(self.centres_um).query(points[unseen], k=count, distance_upper_bound=reach)
         distance, spot = distance.reshape(-1, count), spot.reshape(-1, count)
@@ -166,27 +111,19 @@ class Measurement:
         shape = (int(some.sum()), self.spots)
         return unseen[some], sp.csr_matrix((weight[keep], (rows[keep], spot[some][keep])), shape)
 
-    def _back(self, seen: np.ndarray, bins: np.ndarray) -> sp.csr_matrix:
-        """A^T / A^T 1 (bins seen, spots): the mean of what the spots say that see a bin."""
-        return (sp.diags(1.0 / seen[bins]) @ self.matrix[:, bins].T).tocsr().astype(np.float64)
+    def of_spots(self, spots: np.ndarray) -> Measurement:
+        """The measurement of some of the spots, by index."""
+        return Measurement(self.grid, self.matrix[spots], self.centres_um[spots])
 
-    def window(self, grid: Grid) -> tuple[Measurement, np.ndarray]:
-        """The measurement inside a window of the grid, cut where the window sticks out.
+    def of_seeing_spots(self) -> tuple[Measurement, np.ndarray]:
+        """The measurement of the spots that see any bin, and their indices here."""
+        spots = np.flatnonzero(self.bins_seen > 0)
+        return self.of_spots(spots), spots
 
-        Returns
-        -------
-        measurement, spots
-            Only spots that lie in the window with all that they see, and their indices here.
-        """
-        row, column = self.grid.offset_of(grid)
-        top, left = max(row, 0), max(column, 0)
-        bottom, right = min(row + grid.height, self.grid.height), min(column + grid.width, self.grid.width)
-        grid = self.grid.window(top, left, bottom - top, right - left)
-        wanted = (np.arange(top, bottom)[:, None] * self.grid.width + np.arange(left, right)).ravel()
-        part = self.matrix[:, wanted].tocsr()
-        inside = np.asarray(part.sum(1)).ravel()
-        spots = np.flatnonzero((inside > 0) & (inside >= self.bins_seen * (1 - 1e-6)))
-        return Measurement(grid, part[spots], self.centres_um[spots]), spots
+    def in_tissue(self, tissue: np.ndarray) -> np.ndarray:
+        """Indices of the spots that lie in tissue, (height, width) bool, with a quarter of their area or more."""
+        covered = self.matrix @ tissue.ravel()
+        return np.flatnonzero((covered > 0) & (covered >= IN_TISSUE * self.bins_seen))
 
     def raster(self, counts: np.ndarray | sp.spmatrix, lr_um: float = LR_UM) -> tuple[np.ndarray, np.ndarray]:
         """Rasterise spots to the low-resolution pixels that networks read.

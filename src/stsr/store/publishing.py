@@ -1,14 +1,14 @@
-"""Safe writing: new stores and new elements appear whole or not at all, even if the process is killed at any moment.
+"""Safe writing: new stores and elements appear complete or not at all, even if the process is killed.
 
 Everything is first written to a *workspace*, a hidden folder beside the store (``.sample.zarr.stsr-superres_x10``) on
 the same file system, and then renamed into place. Nothing foreign is ever put inside the store. A publication is:
 
 1. elements that are to be replaced leave the consolidated metadata (one atomic write), so no reader looks for them;
 2. their folders move out, the new folders move in;
-3. root metadata, provenance included, names the new elements (one atomic write): this is the moment of truth.
+3. the root metadata, with the provenance, lists the new elements (one atomic write): from here on they are published.
 
-A journal in the workspace lets the next writer undo 1 and 2 after a kill, or tidy up after 3. Readers need no repair:
-the store opens in every state. Writers take turns through ``flock`` on a hidden file beside the store.
+A journal in the workspace lets the next writer undo steps 1 and 2 after a kill, or clean up after step 3. Readers need
+no repair: the store opens in every state. Writers take turns by ``flock`` on a hidden file beside the store.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -53,15 +54,15 @@ def create(
     Parameters
     ----------
     path
-        Where the store shall be.
+        Path of the new store.
     sdata
-        A `spatialdata.SpatialData`, in memory or lazy (also lazy from a store at ``path`` itself).
+        A `spatialdata.SpatialData`, in memory or lazy (it may read from a store at ``path`` itself).
     provenance
-        How each element was made. Elements without ``origin`` count as measured.
+        {element: {...}}: how each element was made. Elements without ``origin`` count as measured.
     overwrite
-        Replace a store that is there.
+        Replace an existing store.
     um_per_unit, coordinate_system
-        The section's frame: how many um a unit of that coordinate system is.
+        The section's coordinate system, and the um per unit of it.
 
     Returns
     -------
@@ -71,9 +72,9 @@ def create(
     Raises
     ------
     UsageError
-        If there is a store already and ``overwrite`` is false.
+        If the store exists and ``overwrite`` is false.
     StsrError
-        If something else is there, or the place cannot be written to, or the disk is full.
+        If ``path`` is something else, or cannot be written to, or the disk is full.
     """
     store = Path(path).resolve()
     _check_target(store, path, overwrite)
@@ -83,7 +84,7 @@ def create(
         work.wipe()
         with catalogue.quiet(), own_threads():
             sdata.write(work.new, update_sdata_path=False)
-        consolidate(work.new)  # spatialdata does not, when it leaves the path of ``sdata`` alone
+        consolidate(work.new)  # spatialdata does not, if ``update_sdata_path`` is false
         record = {name: {"origin": names.MEASURED, **entry} for name, entry in provenance.items()}
         stamp = {"written": _now()}
         attributes = {
@@ -131,7 +132,7 @@ def publish(path, elements: dict, provenance: dict[str, dict], overwrite: bool =
 
 
 def write_elements(path: Path, elements: dict, zarr_format: int) -> None:
-    """Write elements as a small store of their own, in the container format that goes with the zarr version."""
+    """Write elements as a store of their own, in the container format of the zarr version."""
     from spatialdata import SpatialData
 
     with catalogue.quiet():
@@ -147,22 +148,31 @@ def container(zarr_format: int) -> dict:
     return {"sdata_formats": SpatialDataContainerFormatV01()}
 
 
-def swap(store: Path, work: Workspace, provenance: dict[str, dict], overwrite: bool) -> None:
+def swap(
+    store: Path,
+    work: Workspace,
+    provenance: dict[str, dict],
+    overwrite: bool,
+    optional: Collection[str] = (),
+) -> None:
     """Publish every element of the workspace's store into the store.
+
+    Elements named in ``optional`` are left out if the store has them already, whoever wrote them.
 
     Raises
     ------
     UsageError, StsrError
         As `publish`; the store is then as it was.
     """
-    made = catalogue.elements(work.new)  # {name: kind}
     with locked(store):
         _recover_all(store, work)
         if consolidated(store) is None:
-            consolidate(store)  # without it readers go by the folders, and see them come one by one
-        catalogue.check_free(store, list(made), overwrite)
+            consolidate(store)  # without it readers list the folders, and see new elements one by one
         present = catalogue.elements(store)
-        # The spread of a map that is replaced goes with it: it would describe another map.
+        unneeded = set(optional) & {name.lower() for name in present}
+        made = {name: kind for name, kind in catalogue.elements(work.new).items() if name not in unneeded}
+        catalogue.check_free(store, list(made), overwrite)
+        # The spread of a replaced map is removed with it: it would describe another map.
         spreads = [names.spread_name(name) for name in made]
         ours = [name for name in spreads if name in catalogue.provenance(store)]
         replaced = {name: present[name] for name in (*made, *ours) if name in present}
@@ -197,7 +207,7 @@ def _swap(store: Path, work: Workspace, journal: dict) -> None:
 
 
 def _commit(store: Path, work: Workspace, journal: dict) -> None:
-    """Name the new elements in the root metadata. In zarr 3 this is one file; in zarr 2 the attributes go first."""
+    """List the new elements in the root metadata: one file in zarr 3; in zarr 2 the attributes are written first."""
     entries = entries_of(work.new, journal["new"])
     entries.update(kind_entries(store, set(journal["new"].values())))
     stamp = {"written": _now(), "token": journal["token"]}
@@ -215,7 +225,7 @@ def _commit(store: Path, work: Workspace, journal: dict) -> None:
 
 
 def recover(store: Path, work: Workspace) -> None:
-    """Put right what killed runs left half-way through a publication, under the store's lock."""
+    """Complete or undo publications that killed runs left unfinished, under the store's lock."""
     with locked(store):
         _recover_all(store, work)
 
@@ -246,7 +256,7 @@ def _settle(store: Path, work: Workspace) -> None:
 
 
 def _undo(store: Path, work: Workspace, journal: dict) -> None:
-    """As it was before, with the new elements back in the workspace. May itself be killed and repeated."""
+    """Restore the store and move the new elements back to the workspace. Safe to kill and repeat."""
     edit_consolidated(store, work.path, drop={**journal["new"], **journal["old"]})
     for name, kind in journal["new"].items():
         old_moved = name in journal["old"] and (work.path / "old" / journal["old"][name] / name).exists()
@@ -271,7 +281,7 @@ def _forget(root: dict, elements, instead: dict) -> None:
 
 
 def _ensure_kind(store: Path, work: Workspace, kind: str) -> None:
-    """The group of a kind (``images``), made aside and renamed in, so that it is never seen without its metadata."""
+    """Make the group of a kind (``images``) if needed: prepared aside and renamed, so that it always has metadata."""
     if (store / kind).exists():
         return
     fresh = work.path / f"group-{kind}"
@@ -290,7 +300,7 @@ def _check_target(store: Path, shown, overwrite: bool) -> None:
     if not store.exists():
         return
     if not catalogue.is_store(store):
-        raise StsrError(f"{shown} is there and is not a SpatialData store; choose another --output")
+        raise StsrError(f"{shown} exists and is not a SpatialData store; choose another --output")
     if not overwrite:
         raise UsageError(f"{shown} exists; add --overwrite to replace it, or choose another --output")
 
@@ -300,7 +310,7 @@ def _now() -> str:
 
 
 def _plain(value):
-    """The same as plain JSON types."""
+    """Convert a value to plain JSON types."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

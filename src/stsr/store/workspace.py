@@ -1,4 +1,4 @@
-"""Where things are prepared before they appear in a store: hidden folders beside it, locks, and a disk's refusals."""
+"""Hidden folders beside a store, in which elements are prepared before they are published, and their locks."""
 
 from __future__ import annotations
 
@@ -9,22 +9,39 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from stsr.errors import StsrError
 from stsr.files import check_writable, lock
 
 JOURNAL = "swap.json"
-"""Kept in a workspace while a publication is under way; see `stsr.store.publishing`."""
+"""File in a workspace while a publication is under way; see `stsr.store.publishing`."""
 
 _OWNER = "owner"
 _LOCK_PATIENCE_S = 120.0  # a publication holds the lock for well below a second
 
 
 class Workspace:
-    """A hidden folder beside a store in which one process prepares one output.
+    """A hidden folder beside a store, in which one process prepares one output.
 
-    Its owner holds a lock on a file in it, which the kernel frees when the process ends, however it ends. Leaving the
-    ``with`` block removes the folder, unless ``keep`` is set.
+    The process holds a lock on a file in the folder, which the kernel releases when the process ends, even if it is
+    killed. Leaving the ``with`` block removes the folder, unless ``keep`` is set.
+
+    Parameters
+    ----------
+    store
+        The store.
+    key
+        The output, such as ``superres_x10``.
+
+    Attributes
+    ----------
+    path
+        The folder.
+    new
+        The store in it that holds the new elements.
+    keep
+        Whether the folder stays when the ``with`` block ends.
     """
 
     def __init__(self, store: Path, key: str):
@@ -32,7 +49,7 @@ class Workspace:
         self.path = store.parent / f".{store.name}.stsr-{key}"
         self.new = self.path / "new.zarr"
         self.keep = False
-        self._owner = None
+        self._owner: IO | None = None
 
     def __enter__(self) -> Workspace:
         check_writable(self.store)
@@ -41,24 +58,24 @@ class Workspace:
             raise StsrError(f"another stsr is writing {output!r} of {self.store.name}; wait until it is done")
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Remove it, or leave it for others if it is to be kept."""
-        # A journal that could not be undone still knows where the old elements are.
+        """Remove the folder, or release it if it is to be kept."""
+        # A journal that could not be undone still tells where the old elements are.
         if self.keep or (self.path / JOURNAL).exists():
             self.release()
         else:
             self.remove()
 
     def acquire(self) -> bool:
-        """Make it ours; False if another living process has it."""
+        """Lock the folder for this process, making it if needed; False if another process holds it."""
         while True:
             self.path.mkdir(exist_ok=True)
             try:
-                handle = open(self.path / _OWNER, "w")  # noqa: SIM115 - held as long as the workspace is
-            except FileNotFoundError:  # its last owner removed it just now
+                handle = open(self.path / _OWNER, "w")  # noqa: SIM115 - open as long as the workspace is held
+            except FileNotFoundError:  # its last owner has just removed it
                 continue
             if not lock(handle):
                 handle.close()
@@ -69,19 +86,19 @@ class Workspace:
             handle.close()
 
     def wipe(self) -> None:
-        """Remove what an earlier, killed run left."""
+        """Remove what a killed run left in the folder."""
         for child in self.path.iterdir():
             if child.name != _OWNER:
                 remove_path(child)
 
     def release(self) -> None:
-        """Let others have it, contents and all."""
+        """Unlock the folder and keep its contents."""
         if self._owner is not None:
             self._owner.close()
             self._owner = None
 
     def remove(self) -> None:
-        """Remove it from disk."""
+        """Remove the folder from disk and unlock it."""
         with suppress(OSError):
             self.wipe()
             shutil.rmtree(self.path, ignore_errors=True)
@@ -90,7 +107,13 @@ class Workspace:
 
 @contextmanager
 def locked(store: Path) -> Iterator[None]:
-    """One writer at a time. The lock file lies beside the store and goes when nobody needs it."""
+    """Let one process at a time change a store. The lock file lies beside the store and is removed after use.
+
+    Raises
+    ------
+    StsrError
+        If another process holds the lock for two minutes.
+    """
     path = store.parent / f".{store.name}.stsr.lock"
     deadline = time.monotonic() + _LOCK_PATIENCE_S
     while True:
@@ -100,7 +123,7 @@ def locked(store: Path) -> Iterator[None]:
         handle.close()
         if time.monotonic() > deadline:
             raise StsrError(
-                f"another process has been writing to {store.name} for long; wait until it is done"
+                f"another process has been writing to {store.name} for two minutes; wait until it is done"
             )
         time.sleep(0.02)
     try:
@@ -110,8 +133,8 @@ def locked(store: Path) -> Iterator[None]:
         handle.close()
 
 
-def _is_same_file(handle, path: Path) -> bool:
-    """Whether an open file is still the one at that path: its last owner may have removed it in between."""
+def _is_same_file(handle: IO, path: Path) -> bool:
+    """Whether an open file is still the one at the path; another process may have removed it meanwhile."""
     try:
         return os.path.samestat(os.fstat(handle.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -119,7 +142,7 @@ def _is_same_file(handle, path: Path) -> bool:
 
 
 def exchange(new: Path, store: Path, aside: Path) -> None:
-    """Put a new folder where an old one is, in one step where the system can, and leave the old one to be removed."""
+    """Replace an old folder by a new one, in one step where the system can. The old one stays, to be removed."""
     libc = ctypes.CDLL(None, use_errno=True)
     at_cwd, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fs.h
     renameat2 = getattr(libc, "renameat2", None)
@@ -130,7 +153,7 @@ def exchange(new: Path, store: Path, aside: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename into a folder that may not be there yet."""
+    """Rename into a folder, which is made if needed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     os.rename(source, target)
 

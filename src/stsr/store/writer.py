@@ -1,13 +1,15 @@
-"""Big maps written block by block into a store, in bounded memory, and published together when they are whole."""
+"""Big maps, written block by block in bounded memory and published together when they are complete."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from stsr.files import disk_errors
 from stsr.geometry.grid import Grid
 from stsr.store import catalogue, names, publishing
 from stsr.store.consolidated import consolidate
-from stsr.store.elements import placed
+from stsr.store.elements import Frame, placed
 from stsr.store.workspace import Workspace
 
 CHUNKS = (16, 256, 256)
@@ -27,11 +29,11 @@ _DIGEST = "digest"
 
 
 class MapWriter:
-    """(gene, y, x) float32 images, filled in blocks and published when the ``with`` block ends well.
+    """(gene, y, x) float32 images, filled in blocks and published when the ``with`` block ends without an error.
 
     Blocks that a killed run of the same command (same outputs, genes, grid and provenance) finished are still there:
-    ask `is_done` before computing one, and call `mark_done` after writing it. When the block ends with an error or an
-    interruption everything is removed, unless ``keep`` was set to True before, which keeps finished blocks.
+    ask `is_done` before computing one, and call `mark_done` after writing it. If the block ends with an error or an
+    interruption, everything is removed, unless ``keep`` was set to True before, which keeps finished blocks.
 
     Parameters
     ----------
@@ -44,15 +46,19 @@ class MapWriter:
     grid
         The bins.
     provenance
-        {element: {...}}, JSON-able. May be added to until the end through the attribute ``provenance``; what is given
-        here decides whether a killed run was the same command, so no times belong in it.
+        {element: {...}}, JSON-able. May be added to until the end through the attribute ``provenance``. What is given
+        here decides whether a killed run was the same command, so it must not contain times.
     overwrite
         Replace results of stsr of the same names.
+    frame
+        The section's coordinate system and unit; read from the store by default.
+    beside
+        {name: SpatialData element} to publish with the maps if the store does not have them yet.
 
     Raises
     ------
     UsageError
-        If an element exists and ``overwrite`` is false, or has a name that cannot be an output's.
+        If an element exists and ``overwrite`` is false, or its name is not allowed.
     StsrError
         If an element of that name was not made by stsr; if the store cannot be written to, the disk is full, or
         another process writes the same output.
@@ -60,22 +66,29 @@ class MapWriter:
 
     def __init__(
         self,
-        path,
+        path: str | Path,
         elements: Sequence[str],
         genes: Sequence[str],
         grid: Grid,
         provenance: dict[str, dict] | None = None,
         overwrite: bool = False,
+        *,
+        frame: Frame | None = None,
+        beside: Mapping[str, Any] | None = None,
     ):
         self.store = catalogue.require_store(path)
         self.elements = [names.check_name(element) for element in elements]
         self.genes = [str(gene) for gene in genes]
         self.grid = grid
-        self.provenance = {element: dict((provenance or {}).get(element, {})) for element in self.elements}
+        self._beside = dict(beside or {})
+        known = provenance or {}
+        self.provenance = {name: dict(known.get(name, {})) for name in (*self.elements, *self._beside)}
         self.keep = False
+        self._frame = frame
         self._overwrite = overwrite
         self._work = Workspace(self.store, self.elements[0])
-        self._arrays: dict = {}
+        self._arrays: dict[str, Any] = {}  # finest level of each element
+        self._paths: dict[str, list[str]] = {}  # of the levels of each element, fine to coarse
         self._done: dict[str, object] = {}
 
     @property
@@ -85,7 +98,7 @@ class MapWriter:
 
     @property
     def notes(self) -> dict[str, object]:
-        """What was given to `mark_done` for each finished block, those of a killed run included."""
+        """The note given to `mark_done` for each finished block, including those of a killed run."""
         return dict(self._done)
 
     def __enter__(self) -> MapWriter:
@@ -118,28 +131,32 @@ class MapWriter:
         with disk_errors(self.store):
             self._arrays[element][genes, rows, columns] = np.asarray(values, dtype=np.float32)
 
-    def read(self, element: str, genes: slice, rows: slice, columns: slice) -> np.ndarray:
-        """What has been written of a block (genes, rows, columns) float32, 0 where nothing has."""
-        return self._arrays[element][genes, rows, columns]
-
     def is_done(self, block: str) -> bool:
         """Whether a block of this name was finished, by this run or by a killed one of the same command."""
         return block in self._done
 
-    def mark_done(self, block: str, note=None) -> None:
-        """Say that everything of a block has been written; ``note`` is any JSON-able remark to find in `notes`."""
+    def scratch(self, name: str) -> Path:
+        """A file for unfinished work. It is kept and removed together with the blocks that are done."""
+        return self._work.path / name
+
+    def mark_done(self, block: str, note: object = None) -> None:
+        """Record that a block has been written; ``note`` is any JSON-able value to find in `notes`."""
         with disk_errors(self.store), open(self._work.path / _DONE, "a") as file:
             file.write(json.dumps([block, note]) + "\n")
         self._done[block] = note
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if error is None:
                 with disk_errors(self.store):
                     for element in self.elements:
                         self._build_pyramid(element)
                     consolidate(self._work.new)
-                    publishing.swap(self.store, self._work, self.provenance, self._overwrite)
+                    publishing.swap(
+                        self.store, self._work, self.provenance, self._overwrite, optional=(names.SUPPORT,)
+                    )
                 self.keep = False
         finally:
             self._arrays = {}
@@ -149,11 +166,12 @@ class MapWriter:
     # -------------------------------------------------------------------------------------------- inside
 
     def _digest(self) -> str:
-        what = [self.elements, self.genes, [float(value) for value in _corners(self.grid)], self.provenance]
+        made = {element: self.provenance[element] for element in self.elements}
+        what = [self.elements, self.genes, [float(value) for value in _corners(self.grid)], made]
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
     def _resume(self, digest: str) -> bool:
-        """Take up what a killed run of the same command left, if it is whole so far."""
+        """Take over what a killed run of the same command left, if there is any."""
         file = self._work.path / _DIGEST
         if not file.exists() or file.read_text() != digest:
             return False
@@ -174,16 +192,16 @@ class MapWriter:
         """(rows, columns) from fine to coarse."""
         levels = [self.grid.shape]
         while max(levels[-1]) > _PYRAMID_BINS:
-            levels.append(tuple(-(-side // 2) for side in levels[-1]))
+            rows, columns = levels[-1]
+            levels.append((-(-rows // 2), -(-columns // 2)))
         return levels
 
     def _allocate(self) -> None:
-        """Elements without data: spatialdata writes their metadata for a tiny image, then arrays and sizes grow."""
+        """Make elements without data: spatialdata writes a tiny image, whose arrays and sizes are then replaced."""
         version = catalogue.zarr_format(self.store)
         levels = self._levels()
-        publishing.write_elements(
-            self._work.new, {name: self._tiny(len(levels)) for name in self.elements}, version
-        )
+        tiny = {name: self._tiny(len(levels)) for name in self.elements}
+        publishing.write_elements(self._work.new, {**tiny, **self._beside}, version)
         for element in self.elements:
             folder = self._work.new / "images" / element
             paths, _ = catalogue.image_metadata(self._work.new, element)
@@ -192,13 +210,13 @@ class MapWriter:
                 _allocate_array(folder, path, (len(self.genes), *level), version)
             _describe(folder, self.genes, levels)
 
-    def _tiny(self, levels: int):
+    def _tiny(self, levels: int) -> Any:
         """An image of one channel with the right transformation and number of levels."""
         from spatialdata.models import Image2DModel
 
         from stsr.store.section import open_section
 
-        frame = open_section(self.store).frame
+        frame = self._frame or open_section(self.store).frame
         side = 2**levels
         with catalogue.quiet():
             return Image2DModel.parse(
@@ -213,30 +231,26 @@ class MapWriter:
         import zarr
 
         for element in self.elements:
-            paths, _ = catalogue.image_metadata(self._work.new, element)
-            self._arrays[element] = zarr.open_array(self._work.new / "images" / element / paths[0], mode="r+")
+            self._paths[element], _ = catalogue.image_metadata(self._work.new, element)
+            finest = self._work.new / "images" / element / self._paths[element][0]
+            self._arrays[element] = zarr.open_array(finest, mode="r+")
 
     def _build_pyramid(self, element: str) -> None:
         """Coarser levels as means of 2 x 2 bins, a row of chunks at a time."""
         import zarr
 
         folder = self._work.new / "images" / element
-        paths, _ = catalogue.image_metadata(self._work.new, element)
-        for fine_path, coarse_path in pairwise(paths):
-            fine, coarse = (
-                zarr.open_array(folder / fine_path, mode="r"),
-                zarr.open_array(folder / coarse_path, mode="r+"),
-            )
+        for fine_path, coarse_path in pairwise(self._paths[element]):
+            fine: Any = zarr.open_array(folder / fine_path, mode="r")
+            coarse: Any = zarr.open_array(folder / coarse_path, mode="r+")
             for gene in range(0, coarse.shape[0], CHUNKS[0]):
                 for row in range(0, coarse.shape[1], CHUNKS[1]):
-                    genes, rows = (
-                        slice(gene, gene + CHUNKS[0]),
-                        slice(row, min(row + CHUNKS[1], coarse.shape[1])),
-                    )
+                    genes = slice(gene, gene + CHUNKS[0])
+                    rows = slice(row, min(row + CHUNKS[1], coarse.shape[1]))
                     coarse[genes, rows] = _halve(fine[genes, 2 * rows.start : 2 * rows.stop])
 
 
-def _corners(grid: Grid) -> tuple:
+def _corners(grid: Grid) -> tuple[float, ...]:
     return (*grid.bounds_um, grid.bin_um, grid.height, grid.width)
 
 
@@ -249,31 +263,43 @@ def _halve(values: np.ndarray) -> np.ndarray:
 def _allocate_array(folder: Path, name: str, shape: tuple[int, int, int], version: int) -> None:
     """An empty float32 array whose missing chunks read as 0; zstd after a byte shuffle is small and quick on floats."""
     import zarr
+    from zarr.codecs import BloscCodec
 
     chunks = tuple(min(chunk, size) for chunk, size in zip(CHUNKS, shape, strict=True))
-    common = {"shape": shape, "chunks": chunks, "dtype": "float32", "fill_value": 0.0, "overwrite": True}
+    encoding: dict[str, Any]
     if version == 2:
         from numcodecs import Blosc
 
-        encoding = {"name": "v2", "separator": "/"}
-        codec = Blosc("zstd", clevel=1, shuffle=Blosc.SHUFFLE)
-        zarr.create_array(
-            folder / name, zarr_format=2, compressors=codec, chunk_key_encoding=encoding, **common
-        )
+        encoding = {
+            "zarr_format": 2,
+            "compressors": Blosc("zstd", clevel=1, shuffle=Blosc.SHUFFLE),
+            "chunk_key_encoding": {"name": "v2", "separator": "/"},
+        }
     else:
-        codec = zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="shuffle")
-        zarr.create_array(folder / name, compressors=codec, dimension_names=("c", "y", "x"), **common)
+        encoding = {
+            "compressors": BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),
+            "dimension_names": ("c", "y", "x"),
+        }
+    zarr.create_array(
+        folder / name,
+        shape=shape,
+        chunks=chunks,
+        dtype="float32",
+        fill_value=0.0,
+        overwrite=True,
+        **encoding,
+    )
 
 
 def _describe(folder: Path, genes: list[str], levels: list[tuple[int, int]]) -> None:
-    """Put gene names and the real sizes of the levels into the OME metadata that a tiny image came with."""
+    """Put gene names and the real sizes of the levels into the OME metadata of the tiny image."""
     file = folder / (".zattrs" if (folder / ".zattrs").exists() else "zarr.json")
     whole = json.loads(file.read_text())
     attributes = whole if file.name == ".zattrs" else whole["attributes"]
     ome = attributes.get("ome", attributes)
     if "multiscales" not in ome:
         raise StsrError(
-            "this version of spatialdata writes images in a way stsr does not know; install spatialdata 0.7"
+            "stsr cannot read the image metadata that this version of spatialdata writes; install spatialdata 0.7"
         )
     ome["omero"]["channels"] = [{"label": gene} for gene in genes]
     (height, width) = levels[0]

@@ -1,4 +1,4 @@
-"""The whole way on a simulated tissue whose truth is known: what ``stsr demo`` does."""
+"""The whole workflow on a simulated tissue with known truth: what ``stsr demo`` does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -13,10 +14,13 @@ import pandas as pd
 from stsr.errors import StsrError, UsageError
 from stsr.progress import Progress, Report, silent
 
-GENES = ("ERBB2", "GATA3", "POSTN", "CD3E")
-"""Drawn in the figures: tumour, epithelium, activated stroma, T cells."""
+if TYPE_CHECKING:
+    from stsr.simulate import Tissue
 
-_MARK = "stsr-demo.json"  # tells a folder of ours from somebody's data
+GENES = ("ERBB2", "GATA3", "POSTN", "CD3E")
+"""Genes in the figures: markers of tumour, epithelium, activated stroma and T cells."""
+
+_MARK = "stsr-demo.json"  # marks a folder that the demo may replace
 _SECTIONS = ("xenium", "visium")
 _LEAST_UM, _MOST_UM = 400, 6000
 _BIN_UM = 10.0
@@ -29,7 +33,7 @@ class Demonstration:
     Attributes
     ----------
     folder
-        Everything lies here.
+        Holds all files.
     stores
         {"xenium": path, "visium": path}: sections with super-resolved maps.
     figures
@@ -48,7 +52,7 @@ class Demonstration:
 
     @property
     def files(self) -> list[Path]:
-        """All that is worth opening."""
+        """Stores, figures and tables."""
         tables = [self.folder / "scores.csv", self.folder / "summary.csv"]
         return [*self.stores.values(), *self.figures.values(), *tables]
 
@@ -63,29 +67,29 @@ def demo(
     progress: Progress | None = None,
     say: Report | None = None,
 ) -> Demonstration:
-    """Simulate a tissue, measure it with Xenium and Visium, super-resolve both and compare with the truth.
+    """Simulate a tissue as Xenium and Visium data, super-resolve both and compare the maps with the truth.
 
     Parameters
     ----------
     output
-        Folder for everything; made, or made again if it is a demo's.
+        Folder for all files; the folder of an earlier demo is replaced.
     size_um
         Side of the tissue, um.
     model
-        A model by `stsr.train`; the packaged one by default.
+        A checkpoint by `stsr.train`; the packaged model by default.
     seed
         Of the tissue and of the maps.
     device
         See `stsr.superres`.
     progress
-        Called with the name of a stage and the part that is done (0..1).
+        Called with (done, total, label).
     say
         Called with a sentence at the start of each step.
 
     Raises
     ------
     UsageError
-        If ``output`` holds something that is not a demo's, or the size is out of range.
+        If ``output`` holds other files, or the size is out of range.
     StsrError
         If ``output`` cannot be written.
     """
@@ -99,11 +103,10 @@ def demo(
     write_xenium(tissue, folder / "xenium", labels=False, mirror=True, turn_deg=5)
     write_visium(tissue, folder / "visium", seed=seed)
     tell("2/4  stsr prepare: checking, aligning, counting")
-    stores = {
-        name: prepare(folder / name, folder / f"{name}.zarr", overwrite=True, progress=progress)
-        for name in _SECTIONS
-    }
-    tell("3/4  stsr superres: the model, and baselines beside it")
+    stores = {}
+    for name in _SECTIONS:
+        stores[name] = prepare(folder / name, folder / f"{name}.zarr", overwrite=True, progress=progress)
+    tell("3/4  stsr superres: the model and two baselines")
     scores, figures = [], {}
     for name, store in stores.items():
         maps = _superresolve(store, model, seed, device, progress)
@@ -118,26 +121,26 @@ def demo(
 
 
 def summarise(scores: pd.DataFrame) -> pd.DataFrame:
-    """Means over genes, one row per section, bin size and method, in the order in which they were scored."""
+    """Average scores over genes: one row per section, bin size and method, in the order of scoring."""
     keys = ["section", "bin_um", "method"]
     means = scores.drop(columns="gene").groupby(keys, sort=False).mean().reset_index()
     return means.sort_values(["section", "bin_um"], kind="stable", ascending=[False, True], ignore_index=True)
 
 
 def _folder(folder: Path, size_um: float, seed: int) -> Path:
-    """The output folder, empty of what an earlier demo left."""
+    """Make the output folder, or clear that of an earlier demo."""
     if not _LEAST_UM <= size_um <= _MOST_UM:
         raise UsageError(
-            f"a tissue of {size_um:g} um is not of use here; give --size-um {_LEAST_UM} to {_MOST_UM}"
+            f"a tissue of {size_um:g} um is too small or too large; give --size-um {_LEAST_UM} to {_MOST_UM}"
         )
     ours = (folder / _MARK).is_file()
     if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
-            f"{folder} holds something that is not a demo's; choose another folder with --output"
+            f"{folder} holds files that are not from stsr demo; choose another folder with --output"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # First of all, so that a demo that was killed can be run again.
+        # First, so that a demo that was killed can be run again.
         (folder / _MARK).write_text(json.dumps({"size_um": size_um, "seed": seed}))
         for name in _SECTIONS:
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -148,25 +151,35 @@ def _folder(folder: Path, size_um: float, seed: int) -> Path:
     return folder
 
 
-def _superresolve(store: Path, model, seed: int, device: str, progress) -> dict[str, str]:
-    """{label: element} of the model's map and the baselines'."""
+def _superresolve(
+    store: Path, model: str | Path | None, seed: int, device: str, progress: Progress
+) -> dict[str, str]:
+    """Super-resolve a section with the model and with baselines: {label: element}."""
     from stsr.verbs.superres.verb import superres
 
     def steps(done: float, total: float, label: str) -> None:
         progress(done, total, f"{store.name}: {label}")
 
-    common = {"scale": 100 / _BIN_UM, "overwrite": True, "seed": seed, "device": device, "progress": steps}
+    def run(**options: Any) -> str:
+        return superres(
+            store,
+            scale=100 / _BIN_UM,
+            overwrite=True,
+            seed=seed,
+            device=device,
+            progress=steps,
+            **options,
+        ).element
+
     return {
-        "stsr": superres(store, model=model, **common).element,
-        "bicubic + consistency": superres(store, method="bicubic", name="bicubic_x10", **common).element,
-        "bilinear": superres(
-            store, method="bilinear", name="bilinear_x10", consistency=False, **common
-        ).element,
+        "stsr": run(model=model),
+        "bicubic + consistency": run(method="bicubic", name="bicubic_x10"),
+        "bilinear": run(method="bilinear", name="bilinear_x10", consistency=False),
     }
 
 
-def _scores(section: str, label: str, store: Path, element: str, tissue) -> pd.DataFrame:
-    """Scores of one map against the transcripts that were simulated."""
+def _scores(section: str, label: str, store: Path, element: str, tissue: Tissue) -> pd.DataFrame:
+    """Score one map against the simulated transcripts."""
     from stsr.metrics import table
     from stsr.store.section import open_section
 

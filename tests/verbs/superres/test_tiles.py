@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stsr.geometry.grid import Grid
-from stsr.verbs.superres.tiles import Canvas, plan, taper
+from stsr.verbs.superres.tiles import Canvas, Tile, needed, plan, taper
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 60), (30, 50), (130, 170), (70, 250), (400, 60)])
@@ -26,7 +26,7 @@ def test_tiles_of_one_map_blend_to_that_map(height, width):
     grid = Grid(0, 0, 10, height, width)
     truth = np.random.default_rng(0).random((3, height, width), np.float32)
     bands = plan(grid, 6, 2)
-    canvas = Canvas(3, grid, bands, ramp=20)
+    canvas = Canvas(3, bands, ramp=20)
     out = np.full_like(truth, np.nan)
     for number, band in enumerate(bands):
         for tile in band:
@@ -41,7 +41,7 @@ def test_tiles_of_one_map_blend_to_that_map(height, width):
 def test_seams_are_smooth():
     grid = Grid(0, 0, 10, 60, 100)
     bands = plan(grid, 6, 2)
-    canvas = Canvas(1, grid, bands, ramp=20)
+    canvas = Canvas(1, bands, ramp=20)
     for value, tile in enumerate(bands[0]):
         canvas.add(tile, np.full((1, 60, 60), float(value)))
     (_, block), *_ = canvas.finished(0)
@@ -52,3 +52,24 @@ def test_seams_are_smooth():
 def test_overlap_must_be_smaller_than_the_tile():
     with pytest.raises(ValueError, match="cannot overlap"):
         plan(Grid(0, 0, 10, 60, 60), 2, 2)
+
+
+@pytest.mark.parametrize("area", [Tile(0, 0, 10, 10), Tile(60, 80, 20, 30), Tile(120, 160, 10, 10)])
+def test_tiles_of_an_area_blend_to_the_same_bits(area):
+    grid = Grid(0, 0, 10, 130, 170)
+    bands = plan(grid, 6, 2)
+    chosen = needed(bands, area)
+    assert sum(map(len, chosen)) < sum(map(len, bands))
+    rng = np.random.default_rng(0)
+    maps = {tile: rng.random((2, 60, 60), np.float32) for band in bands for tile in band}
+    whole, part = np.zeros((2, 130, 170), np.float32), np.zeros((2, 130, 170), np.float32)
+    for out, some in ((whole, bands), (part, chosen)):
+        canvas = Canvas(2, some, ramp=20)
+        for number, band in enumerate(some):
+            for tile in band:
+                canvas.add(tile, maps[tile])
+            for first, block in canvas.finished(number):
+                columns = slice(canvas.left, canvas.left + block.shape[2])
+                out[:, first : first + block.shape[1], columns] = block
+    rows, columns = area.within(Tile(0, 0, 130, 170))
+    np.testing.assert_array_equal(part[:, rows, columns], whole[:, rows, columns])

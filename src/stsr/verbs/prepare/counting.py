@@ -11,14 +11,13 @@ import scipy.sparse as sp
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import LR_UM, Grid, bins_per_lr
 from stsr.geometry.lattice import VISIUM_SPOT_UM, hexagonal_lattice
-from stsr.geometry.measurement import nearest_spot
+from stsr.geometry.measurement import IN_TISSUE, nearest_spot
 from stsr.histology import tissue
 from stsr.platforms.source import Chunk, Spots, Transcripts
 from stsr.progress import Progress, silent
 from stsr.verbs.prepare.binning import Counter
 
 _LOCATE_UM = 10.0  # so fine that all transcripts of a bin that lie in a disc lie in the bin's nearest one
-_IN_TISSUE = 0.25  # least share of a spot's area; Visium too keeps spots that tissue covers in part
 _TOUCH_UM = 1e-3  # added to the bounds so that the last transcript lies inside
 
 
@@ -195,7 +194,7 @@ def _in_tissue(spot: np.ndarray, mask: np.ndarray, spots: int) -> np.ndarray:
     seen = spot >= 0
     area = np.bincount(spot[seen], minlength=spots)
     covered = np.bincount(spot[seen & mask.ravel()], minlength=spots)
-    keep = np.flatnonzero((covered >= _IN_TISSUE * area) & (covered > 0))
+    keep = np.flatnonzero((covered >= IN_TISSUE * area) & (covered > 0))
     if not len(keep):
         raise StsrError("no simulated spot lies in tissue; the section is too small, use --spots square")
     return keep

@@ -1,6 +1,8 @@
-"""A section's low-resolution raster and image on a grid, ready to be cut into batches."""
+"""A section's spots and image on a grid, cut into the batches that methods read."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -9,15 +11,31 @@ from stsr.geometry.grid import LR_UM, Grid, bins_per_lr
 from stsr.methods.batch import Batch, cut, lr_mean
 
 
+class Picture(Protocol):
+    """Anything that gives pixels on a grid, such as `stsr.histology.image.Image`."""
+
+    def read(self, grid: Grid) -> np.ndarray:
+        """RGB (3, height, width) uint8."""
+        ...
+
+
+class White:
+    """An empty slide, for methods that need no image."""
+
+    def read(self, grid: Grid) -> np.ndarray:
+        """White pixels (3, height, width) uint8."""
+        return np.full((3, *grid.shape), 255, np.uint8)
+
+
 class Field:
-    """A section's low-resolution raster on a grid, ready to be cut into batches.
+    """A section's spots and image on a grid.
 
     Parameters
     ----------
     grid
-        The bins to predict.
+        The bins of the whole section.
     image
-        Anything with ``read(grid) -> (3, H, W) uint8``, as `stsr.histology.image.Image`.
+        The H&E.
     lr, mask
         Raster (g, h, w) and mask (1, h, w) over the whole grid, as `Measurement.raster` gives them; None without
         spots.
@@ -30,7 +48,7 @@ class Field:
     def __init__(
         self,
         grid: Grid,
-        image,
+        image: Picture,
         lr: np.ndarray | None,
         mask: np.ndarray | None,
         genes: np.ndarray,
@@ -44,30 +62,31 @@ class Field:
         self.per_lr = bins_per_lr(grid.bin_um, lr_um)
         self.genes = torch.as_tensor(genes, dtype=torch.float32)
         self.names = tuple(names)
-        self.lr = lr
-        self.mask = mask
-        self.lr_mean = lr_mean(lr, mask) if lr is not None else np.zeros(len(genes), np.float32)
+        self.measured = lr is not None and mask is not None
+        shape = grid.height // self.per_lr, grid.width // self.per_lr
+        self.lr = np.zeros((len(genes), *shape), np.float32) if lr is None else lr
+        self.mask = np.zeros((1, *shape), np.float32) if mask is None else mask
+        self.lr_mean = lr_mean(self.lr, self.mask)
 
     def batch(self, window: Grid, image: torch.Tensor | None = None) -> Batch:
-        """One tile (b = 1); white beyond the slide, no spots beyond the grid.
+        """One tile (b = 1); white where there is no image, no spots beyond the grid.
 
-        ``image`` (1, 3, I, I) saves reading it again where another field of the section has done so.
+        Parameters
+        ----------
+        window
+            The tile's bins, which coincide with those of the grid.
+        image
+            (1, 3, I, I) of this window, if another field of the section has read it.
         """
         row, column = (start // self.per_lr for start in self.grid.offset_of(window))
         height, width = window.height // self.per_lr, window.width // self.per_lr
         if image is None:
             image = torch.as_tensor(np.ascontiguousarray(self.image.read(window.at(self.image_um))))[None]
-        if self.lr is None:
-            lr = np.zeros((len(self.genes), height, width), np.float32)
-            mask = np.zeros((1, height, width), np.float32)
-        else:
-            lr = cut(self.lr, row, column, height, width)
-            mask = cut(self.mask, row, column, height, width)
         return Batch(
             image=image,
-            lr=torch.as_tensor(lr)[None],
-            lr_mask=torch.as_tensor(mask)[None],
-            has_lr=torch.tensor([self.lr is not None]),
+            lr=torch.as_tensor(cut(self.lr, row, column, height, width))[None],
+            lr_mask=torch.as_tensor(cut(self.mask, row, column, height, width))[None],
+            has_lr=torch.tensor([self.measured]),
             lr_mean=torch.as_tensor(self.lr_mean)[None],
             genes=self.genes,
             names=self.names,

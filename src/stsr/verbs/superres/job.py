@@ -1,32 +1,52 @@
-"""What one run of superres is to do, decided and checked before any work."""
+"""The job of one run of superres, checked before any work is done."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from stsr import checkpoint
 from stsr.errors import StsrError, UsageError
 from stsr.genes import wanted_genes
+from stsr.geometry.correction import Correction
 from stsr.geometry.grid import LR_UM, Grid
 from stsr.geometry.measurement import Measurement
 from stsr.methods import method_class
+from stsr.methods.batch import Requirements
 from stsr.methods.method import Method
-from stsr.store import names
-from stsr.store.section import Section
+from stsr.store import catalogue, names
+from stsr.store.elements import labels
+from stsr.store.parts import Spots
+from stsr.store.section import SUPPORT_UM, Section
 from stsr.verbs.superres.mixtures import mixtures
 from stsr.version import __version__
 
 DEFAULT_SAMPLES = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A method and where it comes from."""
+    """A method and where it comes from.
+
+    Attributes
+    ----------
+    method
+        Ready to predict, on the device.
+    name
+        As in `stsr.methods.METHODS`.
+    model
+        The checkpoint's file name, ``default``, or the method's name if it needs no training.
+    digest
+        Of the checkpoint; None without one.
+    device
+        Where it predicts.
+    """
 
     method: Method
     name: str
@@ -35,31 +55,94 @@ class Loaded:
     device: torch.device
 
 
-@dataclass(frozen=True)
-class Task:
-    """Everything decided before the work begins."""
+@dataclass(frozen=True, kw_only=True)
+class SuperresJob:
+    """One run of superres, checked.
+
+    Attributes
+    ----------
+    section
+        What is read.
+    store
+        Where the maps are written: the section's own store or a copy.
+    loaded
+        The method.
+    genes
+        Names, in the order of the maps.
+    mixtures
+        (g, p) each gene as a mixture of panel genes.
+    grid
+        The method's bins over the whole section. All inputs of a tile are made on it.
+    region
+        The window of the grid that is written.
+    factor
+        The method's bins per output bin, along a side.
+    measurement, spots
+        Spots over the grid (None without spots), and their indices in the section.
+    correction, corrected
+        Correction of maps in output bins (None if they are not corrected), and the indices in the section of the
+        spots that it needs.
+    support
+        (height, width) bool, over the whole section in output bins: maps are zero elsewhere.
+    samples, seed
+        Draws of a diffusion model, and their seed.
+    element
+        Name of the map.
+    notes
+        What the user should know before the work begins.
+    provenance
+        How the maps are made, JSON-able.
+    """
 
     section: Section
+    store: Path
     loaded: Loaded
     genes: list[str]
-    mixtures: np.ndarray  # (g, p)
-    grid: Grid  # the method's bins over the wanted region
-    origin: tuple[int, int]  # first bin of the region in the whole section's grid: where noise is cut from
+    mixtures: np.ndarray
+    grid: Grid
+    region: Grid
+    factor: int
     measurement: Measurement | None
-    spots: np.ndarray  # spots of the section that the measurement keeps
-    consistency: bool
+    spots: np.ndarray
+    correction: Correction | None
+    corrected: np.ndarray
+    support: np.ndarray
     samples: int
-    factor: int  # method's bins per output bin
-    element: str
-    spread: str | None
     seed: int
+    element: str
     notes: list[str]
-    provenance: dict
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def spread(self) -> str | None:
+        """Name of the spread over samples; None for a single sample."""
+        return names.spread_name(self.element) if self.samples > 1 else None
+
+    @property
+    def requirements(self) -> Requirements:
+        """What the method needs."""
+        return self.loaded.method.requirements
+
+    @property
+    def elements(self) -> list[str]:
+        """Names of the images to write."""
+        return [self.element] if self.spread is None else [self.element, self.spread]
 
     @property
     def output_grid(self) -> Grid:
         """The bins that are written."""
-        return self.grid.at(self.grid.bin_um * self.factor)
+        return self.region.at(self.grid.bin_um * self.factor)
+
+    @property
+    def area(self) -> Grid:
+        """The method's bins that must be predicted: the region, and what its correction depends on."""
+        return self.region if self.correction is None else self.correction.area.at(self.grid.bin_um)
+
+    def counts(self, genes: Sequence[str], spots: np.ndarray) -> sp.csr_matrix:
+        """Measured counts (spots, genes) of some spots of the section."""
+        measured = self.section.spots
+        assert measured is not None  # nobody asks without a measurement
+        return measured.select(genes)[spots]
 
 
 def check_included(including: Sequence[str], genes: list[str]) -> None:
@@ -68,7 +151,7 @@ def check_included(including: Sequence[str], genes: list[str]) -> None:
     Raises
     ------
     UsageError
-        Naming the first of them.
+        Names the first of them.
     """
     there = set(genes)
     for gene in including:
@@ -76,131 +159,209 @@ def check_included(including: Sequence[str], genes: list[str]) -> None:
             raise UsageError(f"{gene!r} is not among the {len(genes)} genes of this map; add it to --genes")
 
 
-def load(model, method: str | None, section: Section, use_lr: bool, device: torch.device) -> Loaded:
-    """The method to use: of a checkpoint, the packaged one, or one that needs no training.
+def load(
+    model: str | Path | None, method: str | None, section: Section, *, use_lr: bool, device: torch.device
+) -> Loaded:
+    """Load the method to use: from a checkpoint, the packaged one, or one that needs no training.
 
     Raises
     ------
     UsageError
-        If both are asked for, the method has to be trained, or it needs spots that are not there.
+        If both are given, the method has to be trained, or it needs spots and the section has none.
     StsrError
         If the checkpoint is missing or damaged.
     """
     if model is not None and method is not None:
-        raise UsageError("--model and --method exclude each other: a model knows its method")
+        raise UsageError("--model and --method exclude each other: a model contains its method")
     if method is None:
         path = checkpoint.default_weights() if model is None else Path(model)
         loaded = checkpoint.load(path, device)
         label = "default" if model is None else path.name
         # channels_last is twice as fast on CPUs, and on tensor cores.
-        fast = loaded.method.to(memory_format=torch.channels_last)
-        return Loaded(fast, loaded.name, label, loaded.digest, device)
-    chosen = method_class(method)
+        fast = loaded.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch omits it
+        return Loaded(method=fast, name=loaded.name, model=label, digest=loaded.digest, device=device)
+    chosen: Any = method_class(method)
     if chosen.learns:
         raise UsageError(
             f"{method} has to be trained: stsr train SECTION --method {method} -o m.safetensors, then --model"
         )
     if section.spots is None or not use_lr:
-        raise UsageError(f"{method} needs measured spots and {section.path.name} gives none; use a model")
-    return Loaded(chosen(panel=tuple(section.spots.genes)).eval(), method, method, None, device)
+        raise UsageError(f"{method} needs measured spots and {section.path.name} has none; use a model")
+    baseline = chosen(panel=tuple(section.spots.genes)).eval()
+    return Loaded(method=baseline, name=method, model=method, digest=None, device=device)
 
 
-def configure_sampling(method: Method, steps, sampler, guidance) -> None:
-    """Set how a diffusion method samples; what is None stays as the method has it.
+def configure_sampling(
+    method: Method, *, steps: int | None, sampler: str | None, guidance: float | None
+) -> None:
+    """Set how a diffusion method samples; a value of None keeps the method's own.
 
     Raises
     ------
     UsageError
-        If the method does not sample, or a value is impossible.
+        If the method does not sample, or a value is out of range.
     """
-    asked = {"steps": steps, "sampler": sampler, "guidance": guidance}
-    asked = {key: value for key, value in asked.items() if value is not None}
+    wishes = {"steps": steps, "sampler": sampler, "guidance": guidance}
+    asked = {key: value for key, value in wishes.items() if value is not None}
     if not asked:
         return
     if not hasattr(method, "sampling"):
         raise UsageError(f"this model does not sample; leave out {', '.join('--' + key for key in asked)}")
+    sampling: Any = method.sampling
     try:
-        method.sampling = replace(method.sampling, **asked)
+        method.sampling = replace(sampling, **asked)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def make_task(section, loaded, scale, genes, samples, use_lr, consistency, region, name, seed) -> Task:
-    """Decide and check everything; arguments are those of `stsr.superres`.
+def make_job(
+    section: Section,
+    loaded: Loaded,
+    *,
+    scale: float,
+    genes: Sequence[str] | None,
+    samples: int | None,
+    use_lr: bool,
+    consistency: bool,
+    region: tuple[float, float, float, float] | None,
+    name: str | None,
+    seed: int,
+) -> SuperresJob:
+    """Check what is asked for and make the job; arguments are those of `stsr.superres`.
 
     Raises
     ------
     UsageError, StsrError
         As `stsr.superres`.
     """
-    method, notes = loaded.method, []
-    needs = method.requirements
-    factor = _factor(scale, needs)
+    method = loaded.method
+    factor = _factor(scale, method.requirements)
     if method.learns and section.image is None:
         raise StsrError(
             f"no H&E image in {section.path.name}; run: stsr prepare FOLDER --he IMAGE, or use --method bicubic"
         )
-    if section.spots is None and use_lr:
-        notes.append("no measured spots: predicting from the image alone")
-        use_lr = False
     spots = section.spots if use_lr else None
-    measured = spots.genes if spots else []
-    chosen = wanted_genes(genes, measured, method.panel)
+    chosen = wanted_genes(genes, spots.genes if spots else [], method.panel)
     mixed = _mixtures(chosen, method, spots)
-    whole = section.grid(needs.bin_um)
-    grid = _region(whole, region)
-    measurement, kept = spots.measurement(whole).window(grid) if spots else (None, np.zeros(0, int))
-    if spots and not len(kept):
-        raise UsageError("no spot lies whole in the region; make it larger, or add --no-lr")
-    outside = len(chosen) - int((mixed.sum(1) == 1).sum())
-    if outside and method.learns:
+    outside = int((mixed.sum(1) != 1).sum()) if method.learns else 0
+    grid = section.grid(method.requirements.bin_um)
+    window, coarse = _region(grid, region), grid.at(grid.bin_um * factor)
+    measurement, seeing = _measurement(spots, grid)
+    support = section.support(coarse)
+    correction, corrected = None, seeing
+    output, coarse_seeing = (measurement, seeing) if factor == 1 else _measurement(spots, coarse)
+    if consistency and output is not None:
+        correction = Correction(output, window.at(coarse.bin_um), support)
+        corrected = coarse_seeing[correction.spots]
+    job = SuperresJob(
+        section=section,
+        store=section.path,
+        loaded=loaded,
+        genes=chosen,
+        mixtures=mixed,
+        grid=grid,
+        region=window,
+        factor=factor,
+        measurement=measurement,
+        spots=seeing,
+        correction=correction,
+        corrected=corrected,
+        support=support,
+        samples=_samples(samples, method),
+        seed=seed,
+        element=names.check_name(name or names.superres_name(scale)),
+        notes=_notes(blind=spots is None and use_lr, outside=outside),
+    )
+    return replace(job, provenance=_provenance(job, scale=scale, outside=outside))
+
+
+def _measurement(spots: Spots | None, grid: Grid) -> tuple[Measurement | None, np.ndarray]:
+    """Spots over a grid, and their indices in the section: all that see a bin."""
+    if spots is None:
+        return None, np.zeros(0, int)
+    measurement, seeing = spots.measurement(grid).of_seeing_spots()
+    if not len(seeing):
+        raise UsageError("no spot lies in the measured area; add --no-lr")
+    return measurement, seeing
+
+
+def _notes(*, blind: bool, outside: int) -> list[str]:
+    """What the user should know before the work begins."""
+    notes = []
+    if blind:
+        notes.append("no measured spots: predicting from the image alone")
+    if outside:
         notes.append(
             f"{plural(outside, 'gene')} not in the model's panel: inferred like panel genes with similar spots"
         )
-    count = _samples(samples, method)
-    element = names.check_name(name or names.superres_name(scale))
-    sampling = asdict(method.sampling) if method.samples else {}
-    provenance = {
+    return notes
+
+
+def notes_on_result(job: SuperresJob) -> list[str]:
+    """What the user should know about the maps that were written."""
+    beyond = 0 if job.correction is None else job.correction.beyond
+    if not beyond:
+        return []
+    reach = "reaches" if beyond == 1 else "reach"
+    return [
+        f"{plural(beyond, 'spot')} {reach} beyond the image or the tissue, where maps are zero: "
+        "there the map does not add up to the counts"
+    ]
+
+
+def _provenance(job: SuperresJob, *, scale: float, outside: int) -> dict[str, Any]:
+    """How the maps of a job are made, JSON-able."""
+    method = job.loaded.method
+    sampling: Any = method.sampling if method.samples else None
+    return {
         "command": "superres",
         "origin": "predicted",
         "stsr": __version__,
-        "method": loaded.name,
-        "model": loaded.model,
-        "checkpoint": loaded.digest,
+        "method": job.loaded.name,
+        "model": job.loaded.model,
+        "checkpoint": job.loaded.digest,
         "scale": scale,
         "bin_um": LR_UM / scale,
         "units": "expected counts per bin",
-        "spots_used": bool(spots),
-        "consistency": bool(consistency and spots),
-        "samples": count,
-        "seed": seed,
-        "genes_outside_panel": outside if method.learns else 0,
-        "region_um": list(grid.bounds_um),
-        **sampling,
+        "spots_used": job.measurement is not None,
+        "consistency": job.correction is not None,
+        "spots_beyond_support": 0 if job.correction is None else job.correction.beyond,
+        "samples": job.samples,
+        "seed": job.seed,
+        "genes_outside_panel": outside,
+        "region_um": list(job.region.bounds_um),
+        **({} if sampling is None else asdict(sampling)),
     }
-    return Task(
-        section, loaded, chosen, mixed, grid, whole.offset_of(grid), measurement, kept, consistency, count, factor,
-        element, names.spread_name(element) if count > 1 else None, seed, notes, provenance,
-    )  # fmt: skip
 
 
-def _factor(scale: float, needs) -> int:
+def new_support(job: SuperresJob) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Labels ``support`` for a store that has none, and their provenance: {name: element}, {name: {...}}."""
+    if names.SUPPORT in (element.lower() for element in catalogue.elements(job.store)):
+        return {}, {}
+    grid = job.section.grid(SUPPORT_UM)
+    same = job.grid.bin_um * job.factor == SUPPORT_UM
+    supported = job.support if same else job.section.support(grid)
+    made = {"command": "superres", "origin": "derived", "stsr": __version__}
+    return {names.SUPPORT: labels(supported, grid, job.section.frame)}, {names.SUPPORT: made}
+
+
+def _factor(scale: float, needs: Requirements) -> int:
     """The method's bins per output bin, along a side."""
     finest = needs.per_lr
-    # The bounds first: what is no number at all cannot be rounded.
+    # The bounds first: NaN cannot be rounded.
     if not 1 <= scale <= finest or abs(scale - round(scale)) > 1e-9 or finest % round(scale):
         served = ", ".join(str(s) for s in range(finest, 0, -1) if finest % s == 0)
         raise UsageError(f"this model cannot serve --scale {scale:g}; choose one of {served}")
     return finest // round(scale)
 
 
-def _mixtures(genes: list[str], method: Method, spots) -> np.ndarray:
-    if not method.learns:  # nothing is shared between genes: each one is its own
+def _mixtures(genes: list[str], method: Method, spots: Spots | None) -> np.ndarray:
+    if not method.learns:  # each gene is predicted on its own
         return np.zeros((len(genes), len(method.panel)), np.float32)
     return mixtures(genes, method.panel, spots.genes if spots else [], spots.counts if spots else None)
 
 
-def _region(whole: Grid, region) -> Grid:
+def _region(whole: Grid, region: tuple[float, float, float, float] | None) -> Grid:
     if region is None:
         return whole
     if not (region[0] < region[2] and region[1] < region[3]):

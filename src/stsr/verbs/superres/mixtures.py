@@ -1,4 +1,4 @@
-"""Genes outside a panel as mixtures of panel genes whose spots behave alike."""
+"""Genes outside a panel, as mixtures of the panel genes that correlate with them over spots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import scipy.sparse as sp
 
 from stsr.errors import UsageError
 
-_LOOK_ALIKES = 5  # panel genes that stand in for another one
+_LOOK_ALIKES = 5  # panel genes in the mixture of another gene
 _SHARPNESS = 10.0  # of the softmax over correlations
 _BLOCK = 2048  # genes correlated at once
 
@@ -17,11 +17,11 @@ _BLOCK = 2048  # genes correlated at once
 def mixtures(
     genes: Sequence[str], panel: Sequence[str], measured: Sequence[str], counts: sp.csr_matrix | None
 ) -> np.ndarray:
-    """Each gene as a mixture of panel genes (g, p) float32.
+    """Express each gene as a mixture of panel genes: weights (g, p) float32.
 
-    Panel genes are themselves. Another gene is a softmax over the panel genes that its spots correlate with best
-    (Pearson on log of counts per 10,000), the whole times the best correlation: a gene that behaves like none in the
-    panel is left where its spots put it.
+    A panel gene has weight 1 on itself. Any other gene has softmax weights over the five panel genes that correlate
+    best with it over spots (Pearson, on the log of counts per 10,000), times the best correlation. So a gene that
+    correlates with no panel gene has weights near zero, and its map follows its spots alone.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def mixtures(
     Raises
     ------
     UsageError
-        If a gene is outside the panel and there are no spots to tell what it is like.
+        If a gene is outside the panel and there are no spots to correlate it with.
     """
     place = {gene: column for column, gene in enumerate(panel)}
     mixed = np.zeros((len(genes), len(panel)), np.float32)
@@ -47,10 +47,10 @@ def mixtures(
     shared = [gene for gene in panel if gene in columns]
     if counts is None or not shared:
         raise UsageError(
-            f"{genes[outside[0]]!r} is not in the model's panel, and without spots nothing tells what it is like; "
-            "leave it out"
+            f"{genes[outside[0]]!r} is not in the model's panel, and without spots it cannot be compared with panel "
+            "genes; leave it out"
         )
-    normal = log_normalised(counts)
+    normal = _log_normalised(counts)
     standard = _standard(normal[:, [columns[gene] for gene in shared]].toarray())  # (spots, shared)
     into = np.array([place[gene] for gene in shared])
     for start in range(0, len(outside), _BLOCK):
@@ -61,7 +61,7 @@ def mixtures(
     return mixed
 
 
-def log_normalised(counts: sp.csr_matrix) -> sp.csc_matrix:
+def _log_normalised(counts: sp.csr_matrix) -> sp.csc_matrix:
     """log(1 + counts per 10,000) of spots (n, g)."""
     total = np.asarray(counts.sum(1)).ravel()
     scaled = sp.diags(1e4 / np.maximum(total, 1)) @ counts
@@ -69,14 +69,14 @@ def log_normalised(counts: sp.csr_matrix) -> sp.csc_matrix:
 
 
 def _standard(values: np.ndarray) -> np.ndarray:
-    """Columns with mean 0 and length 1; constant ones become 0."""
+    """Columns scaled to mean 0 and length 1; constant columns become 0."""
     centred = values - values.mean(0)
     length = np.linalg.norm(centred, axis=0)
     return np.divide(centred, length, out=np.zeros_like(centred), where=length > 1e-12)
 
 
 def _softened(correlation: np.ndarray) -> np.ndarray:
-    """Weights (g, shared) from correlations: the best few, softly, times the best one."""
+    """Weights (g, shared) from correlations: a softmax over the best few, times the best one."""
     weights = np.zeros_like(correlation)
     count = min(_LOOK_ALIKES, correlation.shape[1])
     best = np.argpartition(-correlation, count - 1, axis=1)[:, :count]

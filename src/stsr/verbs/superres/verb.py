@@ -1,4 +1,4 @@
-"""superres(): from a section's spots and image to maps of genes in its store."""
+"""superres(): predict gene maps from a section's spots and image, and write them into its store."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from stsr.signals import Interrupted, interruptible
 from stsr.store import catalogue
 from stsr.store.section import Section, open_section
 from stsr.store.workspace import Workspace
-from stsr.verbs.superres.job import check_included, configure_sampling, load, make_task
-from stsr.verbs.superres.loop import Run
+from stsr.verbs.superres.job import check_included, configure_sampling, load, make_job, notes_on_result
+from stsr.verbs.superres.loop import write_maps
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Superres:
     genes
         Number of genes.
     consistency_error
-        Largest relative error of a gene between the map added up over the spots and the measured counts; None
-        without spots.
+        Largest relative error of a gene, ``sum |map over spot - count| / sum count``, over the spots that lie whole
+        in the map and its support; None if maps were not corrected or there is no such spot.
     seconds
         Time it took.
     notes
@@ -77,16 +77,19 @@ def superres(
 ) -> Superres:
     """Super-resolve a section and write the maps into its store.
 
+    Maps are zero outside the section's support: where the H&E ends, outside tissue, and far from any spot. A store
+    that has no labels ``support`` gets them with its first map.
+
     Parameters
     ----------
     store
-        Any section with an image: by `stsr.prepare`, or any SpatialData store.
+        A section by `stsr.prepare`, or any SpatialData store with an H&E image.
     scale
-        100 um / bin size: 10 gives bins of 10 um, 5 of 20 um. Coarser scales are sums of the model's own bins.
+        100 um / bin size: 10 gives bins of 10 um, 5 of 20 um. Coarser maps are sums of the model's own bins.
     genes
         Names, comma lists, ``@file`` or ``all``; by default the model's genes that were measured.
     including
-        Genes that a caller will look for in the map, to draw them for one: refused before the work if not among them.
+        Genes that the map must contain, for example to draw them; checked before the work begins.
     model
         A checkpoint; the packaged default model if neither it nor ``method`` is given.
     method
@@ -98,15 +101,15 @@ def superres(
     use_lr
         False predicts from the image alone.
     consistency
-        Whether the map is made to add up to the measured counts.
+        Whether maps are corrected so that they add up to the measured counts of the spots.
     region
-        (x0, y0, x1, y1), um: only the low-resolution pixels that meet it.
+        (x0, y0, x1, y1), um: write only the 100 um pixels that touch it. The map equals that part of the whole map.
     name
         Name of the element; ``superres_x{scale}`` by default.
     output
         Another store: a copy of the section with the result. The section itself by default.
     seed
-        The same seed gives the same maps, however the work is cut.
+        The same seed gives the same maps.
     device
         ``auto``, ``cpu``, ``cuda[:n]`` or ``mps``.
     overwrite
@@ -114,35 +117,60 @@ def superres(
     progress
         Called with (done, total, label).
     report
-        Called with lines for the user: the estimate of time and memory, remarks.
+        Called with lines for the user: an estimate of time and memory, and notes.
 
     Raises
     ------
     UsageError
-        For what this section or model cannot give: an unknown gene, a scale that does not nest, spots that are not
-        there.
+        If the section or model cannot give what is asked for: an unknown gene, a scale that does not nest, missing
+        spots.
     StsrError
-        For a section without what the model needs, a damaged model, a store that cannot be written to.
+        If the section lacks what the model needs, the model is damaged, or the store cannot be written to.
     """
     began = time.monotonic()
     section = open_section(store)
     _check_output(section, output)
-    loaded = load(model, method, section, use_lr, resolve_device(device))
-    configure_sampling(loaded.method, steps, sampler, guidance)
-    task = make_task(section, loaded, scale, genes, samples, use_lr, consistency, region, name, seed)
-    check_included(including, task.genes)
-    for note in task.notes:
-        (report or silent)(note)
-    with interruptible() as interruption, _destination(section, output) as target:
-        task = replace(task, section=target)
-        run = Run(task, overwrite, progress or silent, report or silent, interruption)
-        error = run.write()
+    loaded = load(model, method, section, use_lr=use_lr, device=resolve_device(device))
+    configure_sampling(loaded.method, steps=steps, sampler=sampler, guidance=guidance)
+    job = make_job(
+        section,
+        loaded,
+        scale=scale,
+        genes=genes,
+        samples=samples,
+        use_lr=use_lr,
+        consistency=consistency,
+        region=region,
+        name=name,
+        seed=seed,
+    )
+    check_included(including, job.genes)
+    report, progress = report or silent, progress or silent
+    for note in job.notes:
+        report(note)
+    with interruptible() as interruption, _destination(section.path, output) as target:
+        error = write_maps(
+            replace(job, store=target),
+            overwrite=overwrite,
+            progress=progress,
+            report=report,
+            interruption=interruption,
+        )
+    remarks = notes_on_result(job)
+    for remark in remarks:
+        report(remark)
     return Superres(
-        target.path, task.element, task.spread, len(task.genes), error, time.monotonic() - began, task.notes
+        store=target,
+        element=job.element,
+        spread=job.spread,
+        genes=len(job.genes),
+        consistency_error=error,
+        seconds=time.monotonic() - began,
+        notes=job.notes + remarks,
     )
 
 
-def _check_output(section: Section, output) -> None:
+def _check_output(section: Section, output: str | Path | None) -> None:
     """Refuse a copy where something else is, before any work."""
     if output is None or Path(output).resolve() == section.path:
         return
@@ -154,24 +182,24 @@ def _check_output(section: Section, output) -> None:
     if not os.path.lexists(target):
         return
     if not catalogue.is_store(target):
-        raise UsageError(f"{output} exists and is no section store; choose another --output")
+        raise UsageError(f"{output} exists and is not a section store; choose another --output")
     if _measured(target) != _measured(section.path):
         raise UsageError(
-            f"{output} exists and is another section than {section.path.name}; choose another --output"
+            f"{output} exists and holds another section than {section.path.name}; choose another --output"
         )
 
 
 def _measured(store: Path) -> dict:
-    """What tells a section: its elements that are no result, with their provenance and attributes."""
+    """What identifies a section: its elements that are no result, with their provenance and attributes."""
     made = catalogue.provenance(store)
     kept = [name for name in catalogue.elements(store) if not catalogue.is_result(made.get(name, {}))]
     return {name: (made.get(name), catalogue.element_attributes(store, name)) for name in kept}
 
 
 @contextmanager
-def _destination(section: Section, output) -> Iterator[Section]:
-    """The section to write into: itself, or a copy, which goes again if the run fails before it had a map."""
-    if output is None or Path(output).resolve() == section.path:
+def _destination(section: Path, output: str | Path | None) -> Iterator[Path]:
+    """The store to write to: the section's own, or a copy, removed again if the run fails before it has a map."""
+    if output is None or Path(output).resolve() == section:
         yield section
         return
     target = Path(output).resolve()
@@ -179,12 +207,12 @@ def _destination(section: Section, output) -> Iterator[Section]:
     if fresh:
         with disk_errors(target), Workspace(target, "copy") as work:
             work.wipe()
-            shutil.copytree(section.path, work.new)
+            shutil.copytree(section, work.new)
             os.rename(work.new, target)
     try:
-        yield open_section(target)
+        yield target
     except (Interrupted, KeyboardInterrupt, SystemExit):
-        raise  # the same command goes on in the copy
+        raise  # the same command continues in the copy
     except BaseException:
         if fresh:
             shutil.rmtree(target, ignore_errors=True)

@@ -193,9 +193,10 @@ def simulate_rasters(
     shifts: Sequence[tuple[int, int]],
     kinds: Sequence[str],
     seen: np.ndarray,
+    tissue: np.ndarray,
     lr_um: float,
 ) -> list[list[Raster]]:
-    """Simulate spots of every kind for every shift.
+    """Simulate spots of every kind for every shift; only spots that lie in tissue, as `prepare` keeps them.
 
     Parameters
     ----------
@@ -207,6 +208,8 @@ def simulate_rasters(
         Names in `SPOT_KINDS`.
     seen
         (height, width) bool: bins that can enter the section's mean counts; a low-resolution pixel enters whole or not.
+    tissue
+        (height, width) bool.
     lr_um
         Pitch of the low-resolution raster, um.
 
@@ -229,6 +232,7 @@ def simulate_rasters(
         phase = []
         for kind in kinds:
             measurement = SPOT_KINDS[kind](grid.window(row, column, height, width))
+            measurement = measurement.of_spots(measurement.in_tissue(tissue[part]))
             lr, mask = measurement.raster((measurement.matrix @ inside).tocsr(), lr_um)
             phase.append(Raster(row, column, lr, mask, lr_mean(lr, mask * weight)))
         rasters.append(phase)

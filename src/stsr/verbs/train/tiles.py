@@ -236,7 +236,9 @@ class TrainingTiles:
     def _add(self, plan: Plan, image: np.ndarray, counts: SparseCounts, plain: bool) -> None:
         """Add one section at one depth; only the plain one gives validation tiles."""
         seen = plan.seen(self.requirements.per_lr)
-        rasters = simulate_rasters(counts, plan.grid, plan.shifts, self._spots, seen, self.requirements.lr_um)
+        rasters = simulate_rasters(
+            counts, plan.grid, plan.shifts, self._spots, seen, plan.tissue, self.requirements.lr_um
+        )
         section = TrainingSection(plan.section.name, plan.grid, image, counts, rasters)
         for phase, starts in enumerate(plan.starts):
             if len(starts):

@@ -1,0 +1,118 @@
+"""Prediction of one tile after another: expected counts, and their spread over samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import torch
+
+from stsr.diffusion.noise import Noise, TileNoise
+from stsr.errors import StsrError
+from stsr.geometry.grid import add_up
+from stsr.methods.batch import Batch
+from stsr.verbs.superres.field import Field, White
+from stsr.verbs.superres.job import SuperresJob
+from stsr.verbs.superres.tiles import Tile
+
+_GENES_AT_ONCE = 64  # per call of a method: bounds its activations
+
+
+class Predictor:
+    """A job's method on the tiles of its section.
+
+    Everything that a tile shows (raster, mean counts, image, noise) is cut from the whole section, so a tile's
+    prediction does not depend on the region that was asked for.
+    """
+
+    def __init__(self, job: SuperresJob):
+        self.job = job
+        panel = list(job.requirements.panel)
+        self._panel = self._field(panel, np.eye(len(panel), dtype=np.float32))
+        self._draws = job.spread is not None or not job.loaded.method.knows_mean
+
+    def field(self, genes: slice) -> Field:
+        """The spots of some of the job's genes as a raster over the section."""
+        return self._field(self.job.genes[genes], self.job.mixtures[genes])
+
+    def _field(self, genes: list[str], mixed: np.ndarray) -> Field:
+        job, needs = self.job, self.job.requirements
+        lr = mask = None
+        if job.measurement is not None:
+            lr, mask = job.measurement.raster(job.counts(genes, job.spots))
+        image = job.section.image if job.section.image is not None else White()
+        return Field(job.grid, image, lr, mask, mixed, genes, needs.image_um, needs.lr_um)
+
+    def tile(self, field: Field, tile: Tile) -> Iterator[tuple[slice, list[np.ndarray]]]:
+        """Predict a tile, some of the field's genes at a time.
+
+        Yields
+        ------
+        genes, maps
+            Which genes, and their expected counts (g, height, width) in the method's bins; then, where the job has
+            samples, their spread (g, height / factor, width / factor) in output bins.
+
+        Raises
+        ------
+        StsrError
+            If the model gives NaN or infinite values.
+        """
+        job, method, device = self.job, self.job.loaded.method, self.job.loaded.device
+        window = tile.of(job.grid)
+        noises = [TileNoise(noise, ((tile.row, tile.column),)) for noise in _noises(job.seed, job.samples)]
+        with torch.inference_mode():
+            panel = self._panel.batch(window).to(device)
+            with _precision(device):
+                features = method.condition(panel)
+                drawn = [method.draw(panel, features, noise) for noise in noises] if self._draws else []
+            batch = field.batch(window, panel.image).to(device)
+            for start in range(0, len(batch.names), _GENES_AT_ONCE):
+                part = slice(start, min(start + _GENES_AT_ONCE, len(batch.names)))
+                genes = batch.of_genes(torch.arange(part.start, part.stop))
+                mean, draws = self._predictions(genes, noises, features, drawn)
+                maps = [mean] + ([_spread(draws, mean, job.factor)] if job.spread else [])
+                arrays = [values.cpu().numpy() for values in maps]
+                if not all(np.isfinite(values).all() for values in arrays):
+                    raise StsrError(
+                        f"the model {job.loaded.model} produced NaN or infinite values; train it again"
+                    )
+                yield part, arrays
+
+    def _predictions(
+        self, genes: Batch, noises: list[TileNoise], features: Any, drawn: list[Any]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The expected counts (g, H, W), and the samples that they or their spread are made of."""
+        method = self.job.loaded.method
+        if method.knows_mean:  # in full precision: it is what people read
+            mean = method.mean(genes, features)
+            return mean[0], [method.vary(genes, mean, one)[0] for one in drawn]
+        pairs = zip(noises, drawn or [None] * len(noises), strict=True)
+        with _precision(self.job.loaded.device):
+            draws = [method.predict(genes, noise, features, one)[0].float() for noise, one in pairs]
+        return reduce(torch.add, draws) / len(draws), draws
+
+
+def _spread(draws: list[torch.Tensor], mean: torch.Tensor, factor: int) -> torch.Tensor:
+    """Standard deviation of samples (g, H, W) of output bins; around the mean, which keeps float32 exact enough."""
+    apart = [_added_up(draw - mean, factor) for draw in draws]
+    first = reduce(torch.add, apart) / len(apart)
+    squares = reduce(torch.add, [one * one for one in apart]) - len(apart) * first * first
+    return (squares / (len(apart) - 1)).clamp_min(0).sqrt()
+
+
+def _added_up(values: Any, factor: int) -> torch.Tensor:
+    added: Any = add_up(values, factor)
+    return added
+
+
+def _noises(seed: int, samples: int) -> list[Noise]:
+    """Samples in antithetic pairs: a pair's errors cancel to first order, so few samples average well."""
+    return [Noise(seed, number // 2, 1.0 if number % 2 == 0 else -1.0) for number in range(samples)]
+
+
+def _precision(device: torch.device) -> AbstractContextManager:
+    """Half precision for networks on CUDA."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

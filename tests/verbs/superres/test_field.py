@@ -1,0 +1,39 @@
+"""Training and prediction see the same tile in the same way."""
+
+import numpy as np
+import pytest
+import torch
+
+from stsr.methods.batch import Requirements
+from stsr.simulate import simulate_tissue, write_xenium
+from stsr.store.section import open_section
+from stsr.verbs.prepare.verb import prepare
+from stsr.verbs.superres.field import Field
+from stsr.verbs.train.tiles import TrainingTiles
+
+
+@pytest.fixture(scope="module", params=[{}, {"mirror": True, "turn_deg": 7}], ids=["straight", "turned"])
+def section(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("field")
+    write_xenium(simulate_tissue(620, 540, seed=3), folder / "xenium", labels=False, **request.param)
+    return open_section(prepare(folder / "xenium", folder / "section.zarr"))
+
+
+@pytest.mark.parametrize("image_um", [10.0, 5.0])
+def test_training_and_prediction_build_equal_batches(section, image_um):
+    needs = Requirements((), image_um=image_um)
+    tiles = TrainingTiles(
+        [section], needs, tile_lr=3, spots=["square"], val=0, phases=1, tissue=0, stain=0, flips=False
+    )
+    grid, panel = section.grid(needs.bin_um), list(tiles.panel)
+    lr, mask = section.spots.measurement(grid).raster(section.spots.select(panel))
+    field = Field(grid, section.image, lr, mask, np.eye(len(panel)), panel, needs.image_um)
+    trained, phase, starts = tiles._pools[0]
+    assert trained.grid == grid and len(starts) > 3
+    for row, column in starts.tolist():
+        learned = tiles._assemble([(trained, phase, 0, (row, column), 0, None)])
+        shown = field.batch(grid.window(row, column, tiles.side, tiles.side))
+        assert learned.names == shown.names
+        for part in ("image", "lr", "lr_mask", "has_lr", "lr_mean", "genes"):
+            assert torch.equal(getattr(learned, part), getattr(shown, part)), part
+        assert learned.lr.max() > 0 and len(torch.unique(learned.image)) > 20
