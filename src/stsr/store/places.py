@@ -260,14 +260,16 @@ class SpotPlaces:
 def bins_of(
     section: Section, name: str, bin_um: float | None = None, region: Region | None = None
 ) -> BinPlaces:
-    """The supported bins of a map; see `Section.support`.
+    """The bins of a map that may be believed: supported ones of an inferred map, measured ones of a measured map.
+
+    See `Section.support` and `Section.measured`.
 
     Parameters
     ----------
     section, name
         The section, and the map: ``superres_x10``, ``hr_10um``. Its spread comes with it, if the store has one.
     bin_um
-        Size to sum bins to; the map's own by default. A larger bin counts if all of its bins are supported.
+        Size to sum bins to; the map's own by default. A larger bin counts if all of its bins do.
     region
         Bins whose centres lie in it; everything by default.
 
@@ -279,7 +281,8 @@ def bins_of(
     values = section.map(name)
     factor = _coarsening(name, values.grid.bin_um, values.grid.bin_um if bin_um is None else bin_um)
     fine = _window(values.grid, region, factor)
-    kept = add_up(section.support(fine).astype(np.int64), factor) == factor**2
+    inside = section.measured(fine) if names.is_measured_name(name) else section.support(fine)
+    kept = add_up(inside.astype(np.int64), factor) == factor**2
     spread = names.spread_name(name) if factor == 1 else None  # of sums it is not known
     spread_map = section.map(spread) if spread in section.elements else None
     return BinPlaces(name, values, fine.at(fine.bin_um * factor), kept, spread_map)

@@ -208,6 +208,15 @@ class Section:
         centres_um = self.spots.centres_um if self.spots is not None else None
         return supported(grid, self.image, tissue, centres_um)
 
+    def measured(self, grid: Grid) -> np.ndarray:
+        """Bins where the section was measured, with or without an H&E: (height, width) bool.
+
+        The tissue; without a mask the surroundings of spots; without spots everything.
+        """
+        if self.tissue is not None:
+            return self.tissue.read(grid)
+        return supported(grid, None, None, None if self.spots is None else self.spots.centres_um)
+
     @cached_property
     def _stored_support(self) -> Mask | None:
         if self.elements.get(names.SUPPORT) != "labels":

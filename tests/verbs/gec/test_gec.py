@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from stsr.cli.app import app
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid, add_up
+from stsr.histology.image import Image
 from stsr.progress import silent
 from stsr.store import elements, publishing
 from stsr.store.parts import Map
@@ -184,6 +185,20 @@ def test_spatial_queries_leave_the_table_of_genes_out(section, tmp_path, per):
     )
 
 
+def test_measured_bins_count_beyond_the_image_and_inferred_ones_do_not(section, monkeypatch):
+    superres(section, method="bilinear", genes=["GATA3", "ERBB2"], name="inferred")
+    sdata = open_section(section).sdata
+    sdata.delete_element_from_disk("support")
+    monkeypatch.setattr(
+        Image, "covered", lambda self, grid: np.arange(grid.width) < np.full(grid.shape, grid.width // 2)
+    )
+    cut = open_section(section)
+    measured, inferred = bins_of(cut, "hr_10um"), bins_of(cut, "inferred")
+    half = measured.grid.width // 2
+    assert measured.number[:, half:].any() and not inferred.number[:, half:].any()
+    np.testing.assert_array_equal(measured.number[:, :half], inferred.number[:, :half])
+
+
 def test_without_a_tissue_mask_the_section_says_which_bins_count(section):
     import spatialdata
 
@@ -192,9 +207,9 @@ def test_without_a_tissue_mask_the_section_says_which_bins_count(section):
     sdata.delete_element_from_disk("tissue")
     bare = open_section(section)
     places = bins_of(bare, "hr_10um", 20)
-    fine = places.grid.at(10)
-    supported = bare.support(fine)
-    np.testing.assert_array_equal(places.number, add_up(supported.astype(int), 2) == 4)
+    near_spots = bare.measured(places.grid.at(10))
+    assert near_spots.any() and not near_spots.all()
+    np.testing.assert_array_equal(places.number, add_up(near_spots.astype(int), 2) == 4)
     assert gec(section, source="hr_10um", bin_um=20).places == places.count
 
 
