@@ -19,7 +19,7 @@ from stsr.progress import silent
 from stsr.store import elements, publishing
 from stsr.store.parts import Map
 from stsr.store.places import BinPlaces, bins_of
-from stsr.store.section import open_section
+from stsr.store.section import Section, open_section
 from stsr.verbs.gec import matrices
 from stsr.verbs.gec.figure import gec_figure
 from stsr.verbs.gec.values import Values
