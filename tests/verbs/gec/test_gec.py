@@ -195,7 +195,7 @@ def test_measured_bins_count_beyond_the_image_and_inferred_ones_do_not(section, 
     measured, inferred = bins_of(cut, "hr_10um"), bins_of(cut, "inferred")
     half = measured.grid.width // 2
     assert measured.number[:, half:].any() and not inferred.number[:, half:].any()
-    np.testing.assert_array_equal(measured.number[:, :half], inferred.number[:, :half])
+    assert inferred.number[:, :half].any() and not (inferred.number & ~measured.number).any()
 
 
 def test_without_a_tissue_mask_the_section_says_which_bins_count(section):
