@@ -45,7 +45,7 @@ def reading(path: Path) -> Iterator[None]:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        # What pyarrow, h5py, tifffile, PIL and zarr raise for truncated files is derived from these.
+        # The exceptions of pyarrow, h5py, tifffile, PIL and zarr for truncated files derive from these.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise StsrError(
             f"{path} is damaged or cut short ({reason}); copy it again from its source"

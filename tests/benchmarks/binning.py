@@ -1,9 +1,9 @@
-"""Transcripts binned per second on one core, and the peak memory of it.
+"""Number of transcripts binned per second on one core, and peak memory.
 
     python tests/benchmarks/binning.py [--transcripts 100000000] [--genes 313] [--file transcripts.parquet]
 
 Writes a Xenium-format file of simulated transcripts (kept if --file is given, and then used again), and prints three
-rates: reading and binning (the target: 5 million/s, peak under 2 GB), and with every block of counts built and written.
+rates: reading, reading and binning (target: 5 million/s, peak under 2 GB), and with all counts built and written.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def measure(arguments) -> None:
 
 
 def clock(since: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:
-    """Wall and processor seconds; on a machine that others use too, the processor's are one core's."""
+    """Wall and processor seconds; the latter are hardly affected by other processes."""
     return time.perf_counter() - since[0], time.process_time() - since[1]
 
 

@@ -3,7 +3,7 @@
     python tests/benchmarks/gec.py [--genes 5000] [--side 1000] [--store FOLDER]
 
 Writes a section whose map of expected counts has genes x side x side bins (20 GB for the defaults; kept if --store is
-given, and then used again), correlates it in a process of its own on one core, and prints seconds and peak memory.
+given, and then used again), correlates it in a separate process on one core, and prints seconds and peak memory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def write(arguments) -> None:
-    """A section with tissue everywhere and a map of mixtures of smooth patterns, each bin with noise of its own."""
+    """A section with tissue everywhere and a map of mixtures of smooth patterns, each bin with independent noise."""
     import numpy as np
     from scipy import ndimage
     from spatialdata import SpatialData

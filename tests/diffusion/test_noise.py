@@ -1,4 +1,4 @@
-"""Noise: windows of one plane, whoever asks, in whatever order."""
+"""Noise: windows cut from one plane, independent of their order."""
 
 import numpy as np
 import pytest

@@ -41,7 +41,7 @@ def test_input_and_target_have_unit_variance():
 
 
 def test_denoised_is_optimal_for_gaussians_with_a_silent_network():
-    # for N(0, sigma_data^2) the best estimate is c_skip x: nothing is left for the network to say
+    # for N(0, sigma_data^2) the best estimate is c_skip x: nothing is left for the network to predict
     x = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.1, 1.0, 10.0])
     result = Preconditioning(2.0).denoised(lambda x, c_noise: torch.zeros_like(x), x, sigma)

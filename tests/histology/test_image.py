@@ -52,7 +52,7 @@ def test_ramp_is_exact_under_any_affine(angle, mirrored, bin_um):
 
 
 def test_half_pixel_convention():
-    """A steep ramp would tell a shift of a hundredth of a pixel: 16 levels of 8 bit per pixel, over many bins."""
+    """A steep ramp reveals a shift of a hundredth of a pixel: 16 levels of 8 bit per pixel, over many bins."""
     image = Image([ramp(12, 12, 16.0)], affine(0.4, 1.0, True, (50.0, 20.0)))
     x0, y0, x1, y1 = image.bounds_um
     grid = Grid(x0, y0, 0.05, int((y1 - y0) / 0.05), int((x1 - x0) / 0.05))

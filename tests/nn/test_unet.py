@@ -70,7 +70,7 @@ def test_gradient_reaches_every_parameter():
 
 
 def test_sees_far_and_near():
-    # with three levels one bin must tell on bins 16 away, and the finest level must carry single bins
+    # with three levels one bin must affect bins 16 away, and the finest level must carry single bins
     net = UNet(1, 1, widths=(8, 8, 8), zero_out=False).eval()
     x = torch.randn(1, 1, 48, 48, generator=generator()).requires_grad_()
     net(x)[0, 0, 24, 24].backward()
@@ -87,7 +87,7 @@ def test_skip_connections_carry_single_bins():
     changed = x.clone()
     changed[..., 5, 5] += 1
     moved = (net(changed) - net(x)).abs()[0, 0]
-    assert moved[5, 5] > 5 * moved[12:, 12:].max() > 0  # GroupNorm tells a little everywhere
+    assert moved[5, 5] > 5 * moved[12:, 12:].max() > 0  # GroupNorm has a small effect everywhere
 
 
 def test_overfits_a_checkerboard():

@@ -1,4 +1,4 @@
-"""The simulator: its truth is its files' truth, and scverse reads its folders."""
+"""The simulator: its files agree with its truth, and scverse reads its folders."""
 
 import runpy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A section reads the same in um, whoever wrote its store and in whichever units."""
+"""A section gives the same values in um, whichever tool wrote its store and in whichever units."""
 
 import json
 

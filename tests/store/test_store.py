@@ -1,4 +1,4 @@
-"""Elements appear whole or not at all, measured ones stay, and a kill at any moment leaves a store that opens."""
+"""Elements appear completely or not at all, measured ones are kept, and after a kill at any moment a store opens."""
 
 import errno
 import json
@@ -172,7 +172,7 @@ def test_spread_of_a_replaced_map_goes_with_it(path):
 
 @pytest.mark.parametrize("name", ["he", "HE"])
 def test_measured_elements_stay(path, name):
-    with pytest.raises(StsrError, match="stays as it is"):
+    with pytest.raises(StsrError, match="never replaced"):
         publishing.publish(path, {name: labels(1)}, {name: {}}, overwrite=True)
     assert set(opened(path).images) == {"he"} and nothing_beside(path)
 
@@ -348,7 +348,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def nursery(tmp_path_factory):
-    """A process that has imported everything and forks a child per line it is told."""
+    """A process that has imported everything and forks a child for each line of input."""
     script = tmp_path_factory.mktemp("nursery") / "nursery.py"
     script.write_text(NURSERY)
     with subprocess.Popen(

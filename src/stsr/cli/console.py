@@ -185,7 +185,7 @@ def _fail(error: BaseException, debug: bool) -> NoReturn:
 
 
 def _drop_stdout() -> None:
-    """Redirect stdout to nowhere after the reader closed the pipe, so that Python's final flush does not fail."""
+    """Redirect stdout to the null device after the reader closed the pipe, so that Python's last flush succeeds."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -48,7 +48,7 @@ class Spots:
 
     @property
     def bounds_um(self) -> tuple[float, float, float, float]:
-        """(x0, y0, x1, y1) around all spots whole, um."""
+        """Bounds (x0, y0, x1, y1) of all spots in their full size, um."""
         return bounds_of(self.centres_um, self.size_um)
 
     @cached_property
@@ -61,7 +61,7 @@ class Spots:
         return grid_around(self.centres_um, self.size_um, bin_um)
 
     def measurement(self, grid: Grid) -> Measurement:
-        """Which part of each bin each spot sees."""
+        """The fraction of each bin that each spot covers."""
         make = Measurement.discs if self.shape == "disc" else Measurement.squares
         return make(grid, self.centres_um, self.size_um)
 
@@ -204,7 +204,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Cells:
-    """Segmented cells, of a store, of a platform's files or newly found.
+    """Segmented cells, from a store, a platform's files or a new segmentation.
 
     Parameters
     ----------
@@ -216,7 +216,7 @@ class Cells:
     source
         Where the cells come from, for messages and provenance.
     element
-        The shapes or labels of the store that these cells are; None if they are not in a store.
+        The shapes or labels of the store with these cells; None if they are not in a store.
     """
 
     outlines: GeoDataFrame

@@ -46,7 +46,7 @@ class BinPlaces:
     grid
         The bins; each a whole number of the map's bins.
     kept
-        (y, x) bool on that grid: which of them are places.
+        (y, x) bool on that grid: the bins to use.
     spread
         Standard deviation of the map's values, on the map's own bins, if known.
 
@@ -160,7 +160,7 @@ class CellPlaces:
 
     @property
     def scale(self) -> float | None:
-        """100 um / bin size of the map the cells come from, as the name of the table tells."""
+        """100 um / bin size of the map the cells come from, according to the name of the table."""
         match = _CELLS.match(self.name)
         return float(match[1]) if match else None
 
@@ -280,7 +280,7 @@ def bins_of(
     factor = _coarsening(name, values.grid.bin_um, values.grid.bin_um if bin_um is None else bin_um)
     fine = _window(values.grid, region, factor)
     kept = add_up(section.support(fine).astype(np.int64), factor) == factor**2
-    spread = names.spread_name(name) if factor == 1 else None  # of sums it is not known
+    spread = names.spread_name(name) if factor == 1 else None  # not known for sums of bins
     spread_map = section.map(spread) if spread in section.elements else None
     return BinPlaces(name, values, fine.at(fine.bin_um * factor), kept, spread_map)
 

@@ -63,7 +63,7 @@ class Workspace:
 
     def close(self) -> None:
         """Remove the folder, or release it if it is to be kept."""
-        # A journal that could not be undone still tells where the old elements are.
+        # A journal that could not be undone still records where the old elements are.
         if self.keep or (self.path / JOURNAL).exists():
             self.release()
         else:

@@ -59,7 +59,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def models(folder, tissue):
-    """Methods that have learned nothing yet, but have random weights everywhere, and tiles of 4 x 4 pixels."""
+    """Untrained methods with random weights in all layers, and tiles of 4 x 4 pixels."""
     panel = tuple(gene for gene in tissue.genes if gene != "CD68")
 
     def made(name):
@@ -78,7 +78,7 @@ def models(folder, tissue):
 
 @pytest.fixture(params=list(TINY))
 def any_model(models, request):
-    """One method after the other: what holds for maps holds for all of them."""
+    """Each method in turn: properties of maps hold for all of them."""
     return models[request.param]
 
 
@@ -130,7 +130,7 @@ def foreign(path, tissue, grid, centres, size_um, image, shown):
 
 
 def whole_spots(section, grid):
-    """Spots of which the support holds every bin."""
+    """Spots that lie entirely inside the support."""
     measurement = section.spots.measurement(grid)
     return (measurement.bins_seen > 0) & (measurement.matrix @ ~section.support(grid).ravel() == 0)
 

@@ -23,7 +23,7 @@ Places = BinPlaces | CellPlaces
 
 @dataclass(frozen=True)
 class Learned:
-    """Signatures as this section would show them.
+    """Signatures on the genes of a section, with platform effects.
 
     Attributes
     ----------
@@ -65,7 +65,7 @@ class Fit:
 
 
 def learn(places: Places, job: CelltypeJob) -> Learned:
-    """Signatures of a reference, of marker lists, or of clusters, whichever the job names.
+    """Signatures of a reference, of marker lists, or of clusters, as the job specifies.
 
     Raises
     ------

@@ -183,12 +183,12 @@ class _Section:
     warnings: list[str] = field(default_factory=list)
 
     def add(self, name: str, element: Any, facts: dict) -> None:
-        """Add an element and what its provenance says."""
+        """Add an element and its provenance."""
         self.parts[name], self.provenance[name] = element, facts
 
 
 def _assemble(source: Source, measured: _Measured, refine: bool) -> _Section:
-    """Check what was read and make the elements of the store."""
+    """Check the input and make the elements of the store."""
     section = _Section()
     image = _add_image(section, source.image, measured, refine) if source.image is not None else None
     if measured.spots is not None:
@@ -223,7 +223,7 @@ def _check_image(image: Image, measured: _Measured) -> tuple[dict, list[str]]:
     Raises
     ------
     StsrError
-        If the image lies elsewhere.
+        If the image does not cover the counts.
     """
     facts: dict[str, Any] = {
         "units": "uint8 RGB",

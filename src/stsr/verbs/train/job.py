@@ -1,4 +1,4 @@
-"""What one training run consists of: method, settings, data, and the random numbers of each step."""
+"""One training run: method, settings, data, and the random numbers of each step."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def make_job(
     chosen = method_class(name)
     if not chosen.learns:
         raise UsageError(
-            f"{name} has nothing to learn; use it without training: stsr superres STORE --method {name}"
+            f"{name} has no parameters to train; use it directly: stsr superres STORE --method {name}"
         )
     extra = [] if steps is None else [f"train.steps={steps}"]
     method_config, training = resolve(chosen, read_config(config), [*settings, *extra])
