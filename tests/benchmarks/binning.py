@@ -3,7 +3,7 @@
     python tests/benchmarks/binning.py [--transcripts 100000000] [--genes 313] [--file transcripts.parquet]
 
 Writes a Xenium-format file of simulated transcripts (kept if --file is given, and then used again), and prints three
-rates: reading, reading and binning (target: 5 million/s, peak under 2 GB), and with all counts built and written.
+rates: reading, binning (target: 5 million/s, peak under 2 GB), and with all blocks of counts built and written.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
         file = arguments.file or Path(folder) / "transcripts.parquet"
         if not file.exists():
             write(file, arguments)
-        # A process of its own: the peak is then the reader's and not the simulator's.
+        # In its own process, so that the peak is that of the reader and not of the simulator.
         options = [f"--genes={arguments.genes}", f"--spots={arguments.spots}", f"--file={file}"]
         subprocess.run([sys.executable, __file__, "--measure", *options], check=True)
 

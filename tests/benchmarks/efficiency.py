@@ -187,7 +187,7 @@ def draw_map(method: Method, panel: Batch, genes: Batch, noise: TileNoise, featu
 
 
 def flops(work: Callable[[], object]) -> int:
-    """Of convolutions and matrix products; of attention by its plain kernel, as the counter does not support the CPU's."""
+    """Of convolutions and matrix products; of attention by its plain kernel, as the counter lacks the CPU's."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()

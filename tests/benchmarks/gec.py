@@ -37,7 +37,7 @@ def main() -> None:
         arguments.store = arguments.store or Path(folder) / "large.zarr"
         if not arguments.store.exists():
             write(arguments)
-        # A process of its own: the peak is then not the writer's.
+        # In its own process, so that the peak is not that of the writer.
         command = [sys.executable, __file__, "--measure", f"--store={arguments.store}"]
         subprocess.run(command, check=True)
 

@@ -35,7 +35,7 @@ from stsr.verbs.train.tiles import TrainingTiles
 
 SECTIONS = ("xenium_same_he", "xenium_serial_he", "section_h5ad")
 BLIND_UM = (1000.0, 0.0, 1990.0, 800.0)  # of xenium_same_he
-MARGIN_UM = 100.0  # predicted around it, so that its rim has neighbours
+MARGIN_UM = 100.0  # predicted around it, so that its border has neighbours
 
 # um, in each section's own coordinates. Kept out are the blind area and, below it, the area that default models were
 # chosen on, wherever their tissue appears. Checked by the cells: all 8,976 of xenium_same_he have a twin with the same
@@ -56,7 +56,7 @@ SETTINGS = {
     "storage": "float16",
     "prefetch": 0,  # tiles are made by the same core
 }
-PAPERS_SAMPLES = 4  # maps of models that know no mean are the mean of so many
+PAPERS_SAMPLES = 4  # number of samples averaged for models without a mean
 
 # label -> (method, settings). The papers' ablations are settings: C3-Diff's Table 3, Diff-ST's Table 2.
 VARIANTS: dict[str, tuple[str, dict]] = {

@@ -47,7 +47,7 @@ def test_ramp_is_exact_under_any_affine(angle, mirrored, bin_um):
     inside = inner(image, grid, px=8 + int(bin_um))
     assert inside.sum() > 50
     error = np.abs(rgb[:2] - expected(image, grid, per_px))[:, inside]
-    assert error.max() <= 0.5 + 1e-3  # nothing but the rounding to 8 bits
+    assert error.max() <= 0.5 + 1e-3  # only rounding to 8 bits
     assert (rgb[2][image.covered(grid)] == 200).all()
 
 

@@ -372,7 +372,7 @@ def test_kill_before_every_single_step_of_a_swap(path, nursery):
             assert np.unique(np.asarray(sdata.images[name].data)).tolist() in ([1.0], [2.0])
         if codes[-1] == 0:
             break
-        publishing.publish(path, {"other": labels(step)}, {"other": {}}, overwrite=True)  # mends on its way
+        publishing.publish(path, {"other": labels(step)}, {"other": {}}, overwrite=True)  # repairs first
         assert "superres_x10" in opened(path).images
     assert codes[-1] == 0 and len(codes) > 5 and set(codes[:-1]) == {-signal.SIGKILL}
     assert value_of(path) == value_of(path, "superres_x10_sd") == 2.0
@@ -386,7 +386,7 @@ def test_kill_at_random_moments(path, nursery):
         nursery.stdin.write(f"{path}\n")
         child = int(
             nursery.stdout.readline()
-        )  # its first map is out; the kill comes somewhere in the next ones
+        )  # its first map is published; the kill comes during the next ones
         time.sleep(0.4 * rng.random())
         os.kill(child, signal.SIGKILL)
         assert int(nursery.stdout.readline()) == -signal.SIGKILL

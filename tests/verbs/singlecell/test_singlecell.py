@@ -358,5 +358,5 @@ def test_bins_of_real_tissue_give_back_the_cells_of_the_instrument(real_data, tm
     of_genes = made.scores[made.scores["of"] == "gene"].set_index("name")
     many = of_genes[of_genes["counts"] > 2000]
     assert of_genes.loc[["GATA3", "TPD52", "SERPINA3"], "pcc_hr_10um"].min() > 0.9
-    assert many["pcc_hr_10um"].median() > 0.88  # docs/singlecell.md says what limits it
+    assert many["pcc_hr_10um"].median() > 0.88  # docs/singlecell.md explains the limit
     assert (many["pcc_hr_10um"] > many["pcc_spots"]).all()

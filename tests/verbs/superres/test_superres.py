@@ -175,7 +175,7 @@ def test_a_coarser_scale_is_the_sum_of_the_finer(store, any_model):
     supported = open_section(path).support(open_section(path).grid(10))
     inside = supported.reshape(coarse.shape[1], 2, coarse.shape[2], 2).all(
         (1, 3)
-    )  # at the rim one has more bins
+    )  # at the border one has more bins
     np.testing.assert_allclose(coarse[:, inside], summed[:, inside], rtol=2e-3, atol=1e-5)
 
 
@@ -198,7 +198,7 @@ def test_same_seed_same_bits_whatever_the_order_and_the_blocks(store, any_model,
     assert not np.allclose(read(path, "one_sd"), read(path, "three_sd"), rtol=1e-2)
 
 
-INNER = (210, 190, 330, 280)  # um: neither at the rim nor on the borders of tiles
+INNER = (210, 190, 330, 280)  # um: neither at the border nor on the borders of tiles
 
 
 def assert_a_region_is_the_crop(path, **options):
