@@ -126,7 +126,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file atomically: yields a temporary path beside it, which replaces the file if the block succeeds.
 
-    The temporary name depends on the file only, so that the next process overwrites what a killed one left behind.
+    The temporary name depends on the file only, so that a file left by a killed process is overwritten by the next.
 
     Raises
     ------

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/binning.py [--transcripts 100000000] [--genes 313] [--file transcripts.parquet]
 
-Writes a Xenium-format file of simulated transcripts (kept if --file is given, and then used again), and prints three
-rates: reading, binning (target: 5 million/s, peak under 2 GB), and with all blocks of counts built and written.
+Writes a Xenium-format file of simulated transcripts (kept if --file is given, and then used again), and prints the
+rates of reading and binning (target: 5 million/s, peak under 2 GB), and with all counts built and written.
 """
 
 import argparse

@@ -96,7 +96,7 @@ class Console:
         RichConsole(file=sys.stderr).print(shown)
 
     def draw(self, path: Path | None, store: Path, figure: Callable[[Section, Path], object]) -> None:
-        """Draw a figure of the section in ``store``, if the user asked for one (``path`` is not None)."""
+        """Draw a figure of the section in ``store``, if one is wanted (``path`` is not None)."""
         if path is not None:
             from stsr.store.section import open_section
 

@@ -45,7 +45,7 @@ def read_alignment(path: Path) -> np.ndarray:
 
 
 def open_levels(path: Path) -> tuple[list[Any], float | None]:
-    """Open an RGB image without reading its pixels, where the format allows that.
+    """Open an RGB image without reading its pixels, if the format allows that.
 
     Returns
     -------

@@ -53,7 +53,7 @@ class Spots:
 
     @cached_property
     def pitch_um(self) -> float:
-        """Median distance to the nearest other spot, um; the size where there is one spot."""
+        """Median distance to the nearest other spot, um; for a single spot its size."""
         return median_pitch(self.centres_um) or self.size_um
 
     def grid(self, bin_um: float) -> Grid:
@@ -180,7 +180,7 @@ class Mask:
 
     @property
     def grid(self) -> Grid | None:
-        """The raster of the labels, um; None where it is not one of square bins along the axes."""
+        """The raster of the labels, um; None if it does not consist of square bins along the axes."""
         (bin_um, skew_x, x0), (skew_y, bin_y_um, y0) = self._px_to_um[:2]
         if bin_um <= 0 or max(abs(skew_x), abs(skew_y), abs(bin_um - bin_y_um)) > 1e-6 * bin_um:
             return None

@@ -1,4 +1,4 @@
-"""Places with gene values: bins of a map, cells of a table, spots. Read by blocks of places or by genes."""
+"""Observations with gene values: bins of a map, cells of a table, or spots. Read by blocks or by genes."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class BinPlaces:
         return np.concatenate([self.read(part).sum(1, dtype=np.float64) for part in parts])
 
     def blocks(self, genes: Sequence[str], uncertain: bool = False) -> Iterator[Block]:
-        """Counts of some genes, and their standard deviation if asked for, a square of bins at a time."""
+        """Counts of some genes, and on request their standard deviation, a square of bins at a time."""
         index = self.raster(np.arange(self.count))
         side = _CHUNK_BINS
         while side > _LEAST_BINS and side**2 * len(genes) * 4 > _BLOCK_BYTES:
@@ -204,7 +204,7 @@ class CellPlaces:
         return np.asarray(self.values.sum(0), np.float64).ravel()[self._indices(genes)]
 
     def blocks(self, genes: Sequence[str], uncertain: bool = False) -> Iterator[Block]:
-        """Counts of some genes, and their standard deviation if asked for, some thousand cells at a time."""
+        """Counts of some genes, and on request their standard deviation, some thousand cells at a time."""
         columns = self._indices(genes)
         for first in range(0, self.count, _CELLS_AT_ONCE):
             rows = slice(first, min(first + _CELLS_AT_ONCE, self.count))

@@ -132,7 +132,7 @@ def publish(path, elements: dict, provenance: dict[str, dict], overwrite: bool =
 
 
 def write_elements(path: Path, elements: dict, zarr_format: int) -> None:
-    """Write elements as a store of their own, in the container format of the zarr version."""
+    """Write elements as a separate store, in the container format of the zarr version."""
     from spatialdata import SpatialData
 
     with catalogue.quiet():

@@ -305,7 +305,7 @@ def contents(folder):
         (["--score-region", "0,0,1"], 2, "--score-region is"),
         (["--score-region", "9000,9000,9001,9001"], 2, "--score-region"),
         (["--scores", "nowhere/s.csv"], 2, "another path for --scores"),
-        (["--name", "cells"], 2, "kept for measured data"),
+        (["--name", "cells"], 2, "reserved for measured data"),
         (["--name", "superres_x10"], 2, "--overwrite"),
     ],
 )

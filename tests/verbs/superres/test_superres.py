@@ -372,7 +372,7 @@ def test_a_store_by_spatialdata_io(visium_folder, prepared, model, tmp_path):
         ({"samples": 0}, "at least 1"),
         ({"region": (5000, 5000, 6000, 6000)}, "outside the section"),
         ({"region": (300, 0, 100, 100)}, "X0 < X1"),
-        ({"name": "spots"}, "kept for measured data"),
+        ({"name": "spots"}, "reserved for measured data"),
         ({"sampler": "dpm"}, "dpmpp_2m"),
         ({"steps": 0}, "steps"),
         ({"method": "bicubic"}, "exclude each other"),

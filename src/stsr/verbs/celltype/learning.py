@@ -154,7 +154,7 @@ def fit(places: Places, learned: Learned, *, draws: int, seed: int, progress: Pr
     learned
         Signatures.
     draws
-        Redraws for the confidence; 0 for none. None are made where the counts' standard deviation is not known.
+        Redraws for the confidence; 0 for none. None are made if the counts' standard deviation is not known.
     seed
         Of the redraws.
     progress

@@ -117,7 +117,7 @@ def gec(
     genes
         Names; all genes of the source by default. Genes that do not vary are left out, with a note.
     bin_um
-        Bin size to sum the map's bins to first; a multiple of its own.
+        Bin size to sum the map's bins to first; a multiple of the map's bin size.
     region
         (x0, y0, x1, y1), um: only bins or cells whose centres lie in it.
     truth

@@ -1,4 +1,4 @@
-"""Refine a vendor's alignment of the H&E, which is good to 10-40 um, by the positions of transcripts."""
+"""Refine a vendor's alignment of the H&E, which is accurate to 10-40 um, by the positions of transcripts."""
 
 from __future__ import annotations
 

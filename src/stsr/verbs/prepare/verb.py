@@ -52,12 +52,12 @@ def prepare(
     output
         The store to make; ``<name of the input>.zarr`` in the working directory by default.
     he
-        H&E image, where it is not found beside the data.
+        H&E image, if it is not found beside the data.
     alignment
         csv file of the affine (3 x 3) from pixels of the H&E: for Xenium to pixels of the instrument, as Xenium
         Explorer exports it, otherwise to um.
     um_per_px
-        True pixel size, um, where it is missing or wrong in the data.
+        True pixel size, um, if it is missing or wrong in the data.
     spots
         Spots to simulate from transcripts: ``"square"`` (100 um) or ``"visium"`` (55 um discs, 100 um apart).
         Measured spots are kept as they are.
@@ -70,7 +70,7 @@ def prepare(
     genes
         Keep only these genes.
     refine
-        Refine the alignment by a small affine, so that nuclei and transcripts coincide (where there are transcripts
+        Refine the alignment by a small affine, so that nuclei and transcripts coincide (if there are transcripts
         or cells; see `stsr.verbs.prepare.registration`).
     progress
         Called with (done, total, label).

@@ -32,7 +32,7 @@ DEFAULT_SAMPLES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A method and where it comes from.
+    """A method and its origin.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Loaded:
     digest
         Of the checkpoint; None without one.
     device
-        Where it predicts.
+        Device on which it predicts.
     """
 
     method: Method
@@ -62,7 +62,7 @@ class SuperresJob:
     Attributes
     ----------
     section
-        What is read.
+        The section that is read.
     store
         Where the maps are written: the section's own store or a copy.
     loaded
@@ -85,7 +85,7 @@ class SuperresJob:
     support
         (height, width) bool, over the whole section in output bins: maps are zero elsewhere.
     samples, seed
-        Draws of a diffusion model, and their seed.
+        Number of samples of a diffusion model, and their seed.
     element
         Name of the map.
     notes

@@ -1,7 +1,7 @@
 """The loop of superres: tiles through a method into the store, in bounded memory.
 
 Genes go through the tiles in blocks. A block's tiles are blended band by band, and finished rows go to a scratch file
-beside the store; when the last band is there, the maps are corrected, cut to the support and written, 16 genes at a
+beside the store. After the last band, maps are corrected, set to zero outside the support and written, 16 genes at a
 time. An interrupted run resumes at the same band.
 """
 
@@ -168,7 +168,7 @@ class MapLoop:
             scratch.write(top - area.row, block[:, top - row : bottom - row, columns])
 
     def _finish(self, number: int, genes: slice, raw: Sequence[Scratch]) -> None:
-        """Correct whole maps, a few genes at a time, cut them to region and support, and write them."""
+        """Correct complete maps, a few genes at a time, crop them to the region, mask them, and write them."""
         job, factor = self.job, self.job.factor
         rows, columns = self.region.coarser(factor).within(self.area.coarser(factor))
         support = job.support[self.region.coarser(factor).within(Tile(0, 0, *job.support.shape))]

@@ -52,7 +52,7 @@ class Predictor:
         Yields
         ------
         genes, maps
-            Which genes, and their expected counts (g, height, width) in the method's bins; then, where the job has
+            Which genes, and their expected counts (g, height, width) in the method's bins; then, if the job has
             samples, their spread (g, height / factor, width / factor) in output bins.
 
         Raises

@@ -33,7 +33,7 @@ class Tile:
         return cls(*grid.offset_of(window), *window.shape)
 
     def of(self, grid: Grid) -> Grid:
-        """The tile as a grid of its own."""
+        """The tile as a separate grid."""
         return grid.window(self.row, self.column, self.height, self.width)
 
     def coarser(self, factor: int) -> Tile:

@@ -77,7 +77,7 @@ def superres(
 ) -> Superres:
     """Super-resolve a section and write the maps into its store.
 
-    Maps are zero outside the section's support: where the H&E ends, outside tissue, and far from any spot. A store
+    Maps are zero outside the section's support: outside the H&E, outside tissue, and far from any spot. A store
     that has no labels ``support`` gets them with its first map.
 
     Parameters
@@ -95,7 +95,7 @@ def superres(
     method
         A method that needs no training (``bicubic``, ``bilinear``) instead of a model.
     samples
-        Draws of a diffusion model. With more than one their spread is written beside the map.
+        Samples of a diffusion model. With two or more, their spread is written too.
     steps, sampler, guidance
         How a diffusion model is sampled.
     use_lr
@@ -123,7 +123,7 @@ def superres(
     Raises
     ------
     UsageError
-        If the section or model cannot give what is asked for: an unknown gene, a scale that does not nest, missing
+        If the request does not fit the section or model: an unknown gene, a scale that does not nest, missing
         spots.
     StsrError
         If the section lacks what the model needs, the model is damaged, or the store cannot be written to.

@@ -70,7 +70,7 @@ class TrainingJob:
         return int.from_bytes(blake2b(name, digest_size=7).digest(), "little")
 
     def autocast(self) -> torch.autocast:
-        """Half precision on CUDA, if the config asks for it."""
+        """Half precision on CUDA, if the config requests it."""
         on = self.device.type == "cuda" and self.config.bf16
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
 
