@@ -1,4 +1,4 @@
-"""A checkpoint stands alone, and damage ends in one sentence."""
+"""Checkpoints are self-contained, and damage is reported in one sentence."""
 
 import json
 import os

@@ -35,7 +35,7 @@ def test_nothing_in_common():
 
 
 def spots():
-    """LYZ and KRT8 go together, LUM the other way; ACTB is everywhere alike."""
+    """LYZ and KRT8 are correlated, LUM anticorrelated with them; ACTB is constant."""
     rng = np.random.default_rng(0)
     level = rng.uniform(0, 1, 200)
     rates = np.stack([20 * level, np.full(200, 30.0), 20 * (1 - level), 40 * level], 1)

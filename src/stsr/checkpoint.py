@@ -180,7 +180,7 @@ def default_weights() -> Path:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: dict) -> None:
-    """Write tensors and a JSON-able header as one safetensors file, which appears whole or not at all.
+    """Write tensors and a JSON-able header as one safetensors file, in one atomic step.
 
     Raises
     ------

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 
 class StsrError(Exception):
-    """The data or the machine do not allow what was asked; the message names the remedy. Exit code 1."""
+    """A problem with the data or the machine; the message names the remedy. Exit code 1."""
 
     exit_code = 1
 
 
 class UsageError(StsrError):
-    """The command asks for something impossible; the message names what is possible. Exit code 2."""
+    """An invalid request; the message names the valid choices. Exit code 2."""
 
     exit_code = 2
 

@@ -1,4 +1,4 @@
-"""Figures of maps: H&E, measured spots and super-resolved maps side by side, and what all figures share.
+"""Figures of maps: H&E, measured spots and super-resolved maps side by side, and helpers that all figures share.
 
 Maps and spots are drawn as densities, counts per 100 µm² (one bin of 10 µm), so that a colour means the same in all
 panels of a gene. Colour scales start at zero and span at least a few counts per spot, so that noise of a gene that is
@@ -32,7 +32,7 @@ UNIT_UM2 = 100.0
 UNIT = "counts / 100 µm²"
 COLOURS = "inferno"
 OUTSIDE = "0.88"
-"""Grey of places without data: neither a colour of the scale nor the white of the page."""
+"""Grey of areas without data, distinct from the colours of the scale and the white of the page."""
 DPI = 200
 _MIN_DENSITY = 0.05  # smallest top of a scale: 5 counts in a low-resolution pixel of 100 um ...
 _MIN_SPOT_COUNTS = 4  # ... and this many counts in a spot
@@ -193,7 +193,7 @@ class Panel(Protocol):
         """Densities to draw."""
 
     def draw(self, axis: Axes, values: np.ndarray, scale: Normalize) -> Any:
-        """Draw them; returns what a colour bar needs, or None."""
+        """Draw the values; returns the artist for a colour bar, or None."""
 
 
 class Histology:

@@ -45,7 +45,7 @@ def reading(path: Path) -> Iterator[None]:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        # What pyarrow, h5py, tifffile, PIL and zarr raise for truncated files is derived from these.
+        # The exceptions of pyarrow, h5py, tifffile, PIL and zarr for truncated files derive from these.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise StsrError(
             f"{path} is damaged or cut short ({reason}); copy it again from its source"
@@ -126,7 +126,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file atomically: yields a temporary path beside it, which replaces the file if the block succeeds.
 
-    The temporary name depends on the file only, so that the next process overwrites what a killed one left behind.
+    The temporary name depends on the file only, so that a file left by a killed process is overwritten by the next.
 
     Raises
     ------

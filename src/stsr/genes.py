@@ -24,7 +24,7 @@ def listed_genes(asked: Sequence[str] | None) -> list[str] | None:
     Returns
     -------
     names
-        Unique names in the order given; ``["all"]`` if ``all`` is among them; None if no genes were asked for.
+        Unique names in the order given; ``["all"]`` if ``all`` is among them; None if no genes were requested.
 
     Raises
     ------

@@ -1,10 +1,10 @@
 """Visium against Xenium of a serial section: python tests/benchmarks/agreement.py VISIUM.zarr XENIUM.zarr
 
-The default model was trained on `xenium_serial_he`, save the area that ``--region 140 1050 1140 2074`` takes.
+The default model was trained on `xenium_serial_he`, except for the area of ``--region 140 1050 1140 2074``.
 
-Runs `stsr.superres` on the Visium section for the genes that both have, and the interpolations beside it, and
-correlates each map with the Xenium counts after a blur of 50 um (serial sections do not fit cell by cell).
-Positions are compared through pixels of the H&E that the two share, ``--um-per-px`` each. Prints a summary, and
+Runs `stsr.superres` on the Visium section for the genes that both have, and interpolations as baselines, and
+correlates each map with the Xenium counts after a blur of 50 um (serial sections do not match cell by cell).
+Positions are compared through pixels of their common H&E, ``--um-per-px`` each. Prints a summary, and
 with ``--csv`` a table per gene.
 """
 

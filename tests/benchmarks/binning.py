@@ -1,9 +1,9 @@
-"""Transcripts binned per second on one core, and the peak memory of it.
+"""Number of transcripts binned per second on one core, and peak memory.
 
     python tests/benchmarks/binning.py [--transcripts 100000000] [--genes 313] [--file transcripts.parquet]
 
-Writes a Xenium-format file of simulated transcripts (kept if --file is given, and then used again), and prints three
-rates: reading and binning (the target: 5 million/s, peak under 2 GB), and with every block of counts built and written.
+Writes a Xenium-format file of simulated transcripts (kept if --file is given, and then used again), and prints the
+rates of reading and binning (target: 5 million/s, peak under 2 GB), and with all counts built and written.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
         file = arguments.file or Path(folder) / "transcripts.parquet"
         if not file.exists():
             write(file, arguments)
-        # A process of its own: the peak is then the reader's and not the simulator's.
+        # In its own process, so that the peak is that of the reader and not of the simulator.
         options = [f"--genes={arguments.genes}", f"--spots={arguments.spots}", f"--file={file}"]
         subprocess.run([sys.executable, __file__, "--measure", *options], check=True)
 
@@ -83,7 +83,7 @@ def measure(arguments) -> None:
 
 
 def clock(since: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:
-    """Wall and processor seconds; on a machine that others use too, the processor's are one core's."""
+    """Wall and processor seconds; the latter are hardly affected by other processes."""
     return time.perf_counter() - since[0], time.process_time() - since[1]
 
 

@@ -1,13 +1,13 @@
-"""Cell types of predicted maps against measured ones: python tests/benchmarks/celltype.py SECTION.zarr REFERENCE.csv
+"""Compare cell types of predicted and measured maps: python tests/benchmarks/celltype.py SECTION.zarr REFERENCE.csv
 
 SECTION.zarr is `xenium_same_he` as `stsr prepare` makes it, with `superres_x10` and its spread by the default model and
 `bilinear_x10` (stsr superres --method bilinear --name bilinear_x10), both of all its genes. A copy is typed by the same
 reference from: the measured counts of each cell, the measured counts of each bin, the predicted map, bilinear
-interpolation, and spots alone (each bin has its part of its spot's counts). Bins are scored inside the rectangle
+interpolation, and spots alone (each bin gets its part of its spot's counts). Bins are scored inside the rectangle
 1000 900 2000 1900 um only, which the default model was not trained on (a development area: scored before, see
-docs/experiments.md). Prints markdown. Platform effects are each layer's own, from its totals in the whole section.
+docs/experiments.md). Prints markdown. Platform effects are estimated per layer, from its totals in the section.
 
-With `--speed SIDE` instead of a section: time and memory of a drawn map of SIDE x SIDE bins x 375 genes and 13 types.
+With `--speed SIDE` instead of a section: time and memory of a random map of SIDE x SIDE bins x 375 genes and 13 types.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def print_speed(folder: Path, side: int) -> None:
 
 
 def add_spots(store: Path) -> None:
-    """Write the map in which every bin has its part of its spot's counts."""
+    """Write the map in which each bin gets its part of its spot's counts."""
     section = open_section(store)
     measurement = section.spots.measurement(section.hr.grid)
     nearest = measurement.nearest.ravel()

@@ -3,8 +3,8 @@
 Every method predicts a panel of `--genes` on one of its own tiles, on one core and random input, as `stsr.superres`
 does: what depends on neither gene nor noise once per tile, then the mean, or samples of so many steps. A tile's cost is
 multiplied by the tiles, overlap included, that superres lays over 26 x 26 low-resolution pixels (256 bins of 10 um are
-no whole number of them), and by (256 / 260)^2. FLOPs are those of convolutions and matrix products, a multiply-add
-counted as 2. Each method runs in a process of its own, for its peak of memory. Prints markdown.
+25.6 of them), and by (256 / 260)^2. FLOPs are those of convolutions and matrix products, a multiply-add
+counted as 2. Each method runs in its own process, to measure its peak memory. Prints markdown.
 
 `--only c3diff.toml` and the like measure the presets in examples/; tiles of 2.6 mm with an image of 0.5 um take minutes
 and many GB.
@@ -115,7 +115,7 @@ def make(name: str, genes: int) -> Method:
 
 
 def sampling_only(method: Method) -> Method:
-    """The same as the papers have it: no mean but that of samples."""
+    """The same as in the papers: the mean is that of samples."""
     if "mean_share" not in {field.name for field in fields(method.config)}:
         return method
     config = replace(method.config, mean_share=0.0)
@@ -187,7 +187,7 @@ def draw_map(method: Method, panel: Batch, genes: Batch, noise: TileNoise, featu
 
 
 def flops(work: Callable[[], object]) -> int:
-    """Of convolutions and matrix products; of attention by its plain kernel, as the counter does not know the CPU's."""
+    """Of convolutions and matrix products; of attention by its plain kernel, as the counter lacks the CPU's."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
@@ -209,7 +209,7 @@ def peak_bytes() -> int:
 
 
 def print_tables(found: dict[str, dict], genes: int) -> None:
-    """Markdown: what the parts cost, and what a map does."""
+    """Markdown: costs of the parts and of a map."""
     print(f"**Parts**, GFLOP of maps of {MAP_BINS} x {MAP_BINS} bins\n")
     print("| method | tiles | once for all genes | per gene: mean | a sample, beside its steps | a step |")
     print("|---|---|---|---|---|---|")

@@ -3,7 +3,7 @@
     python tests/benchmarks/gec.py [--genes 5000] [--side 1000] [--store FOLDER]
 
 Writes a section whose map of expected counts has genes x side x side bins (20 GB for the defaults; kept if --store is
-given, and then used again), correlates it in a process of its own on one core, and prints seconds and peak memory.
+given, and then used again), correlates it in a separate process on one core, and prints seconds and peak memory.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def main() -> None:
         arguments.store = arguments.store or Path(folder) / "large.zarr"
         if not arguments.store.exists():
             write(arguments)
-        # A process of its own: the peak is then not the writer's.
+        # In its own process, so that the peak is not that of the writer.
         command = [sys.executable, __file__, "--measure", f"--store={arguments.store}"]
         subprocess.run(command, check=True)
 
 
 def write(arguments) -> None:
-    """A section with tissue everywhere and a map of mixtures of smooth patterns, each bin with noise of its own."""
+    """A section with tissue everywhere and a map of mixtures of smooth patterns, each bin with independent noise."""
     import numpy as np
     from scipy import ndimage
     from spatialdata import SpatialData

@@ -1,10 +1,10 @@
 """Gene-gene correlation of maps against the measured one: python tests/benchmarks/gec_agreement.py SECTION.zarr
 
 SECTION.zarr is `xenium_same_he` as `stsr prepare` makes it. In a copy of it the default model (map: the mean, not its
-samples) and bilinear interpolation super-resolve the whole section where the maps are not there already; then
+samples) and bilinear interpolation super-resolve the whole section unless these maps exist; then
 `stsr.gec` compares their matrices, and that of the spots alone, with that of the measured counts, in the rectangle
-that no training saw (a development area: settings were chosen on it). Genes are the 200 with the most counts outside
-of it. Prints markdown.
+excluded from all training (a development area: settings were chosen on it). Genes are the 200 with the most counts
+outside of it. Prints markdown.
 
 Below: the error that counting noise leaves in the corrected measured matrix itself. Two binomial halves of the counts
 share their intensity and no noise, and each has twice the variance of the whole: half of the RMSE between them.

@@ -6,7 +6,7 @@ method super-resolves the whole section from the same spots and image, and the h
 200 with the most counts outside of it. Several files of one label are seeds: the table gives
 their mean and their largest difference from it. Prints markdown.
 
-`--ablations` adds, for the first model: no image, the image of another place, the image shifted, no spots.
+`--ablations` adds, for the first model: no image, the image of another area, a shifted image, no spots.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHIFTS_UM = (10, 20, 50)
 
 
 def main() -> None:
-    """Score what was asked for and print the tables."""
+    """Score the requested models and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("section", type=Path)
     parser.add_argument("--model", action="append", default=[], metavar="LABEL=FILE[,FILE]")
@@ -93,7 +93,7 @@ class Bench:
             )
 
     def ablate(self, model: str) -> None:
-        """What the image and the spots are worth to a model."""
+        """Scores of a model without, or with a wrong, image or spots."""
         self.run("no spots", model=model, use_lr=False)
         for shift in SHIFTS_UM:
             self.run(f"image shifted by {shift} um", self._moved(shift), model=model)

@@ -1,13 +1,13 @@
-"""Both papers, their ablations and the baselines at one compute budget: python tests/benchmarks/methods.py RUNS
+"""Compare both papers, their ablations and the baselines at one compute budget: python tests/benchmarks/methods.py RUNS
 
 RUNS holds the sections that `examples/default_model.py` prepared; models and scores go to RUNS/methods. Every training
 gets `--budget` seconds of one core: a method's seconds per step are measured once and kept in steps.json, and its
-ablations and seeds all make the steps that fit. Scored is the upper right of `xenium_same_he`, which these trainings do
-not see and which lies apart from the area that earlier choices were made by, over the genes most expressed elsewhere.
+ablations and seeds all make the steps that fit. The scored area is the upper right of `xenium_same_he`, which is
+excluded from these trainings and apart from the area used for earlier choices. Genes are the most expressed elsewhere.
 
-It may be interrupted and run again: what scores.csv and the models hold is not made anew (so remove RUNS/methods when
-a method has changed). A second process with other labels (`--only`) may run beside it. `--print` only prints the
-markdown of what is scored.
+It may be interrupted and run again: models and the rows of scores.csv are reused (remove RUNS/methods when a method
+has changed). A second process with other labels (`--only`) may run beside it. `--print` only prints the
+scores as markdown.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from stsr.verbs.train.tiles import TrainingTiles
 
 SECTIONS = ("xenium_same_he", "xenium_serial_he", "section_h5ad")
 BLIND_UM = (1000.0, 0.0, 1990.0, 800.0)  # of xenium_same_he
-MARGIN_UM = 100.0  # predicted around it, so that its rim has neighbours
+MARGIN_UM = 100.0  # predicted around it, so that its border has neighbours
 
 # um, in each section's own coordinates. Kept out are the blind area and, below it, the area that default models were
 # chosen on, wherever their tissue appears. Checked by the cells: all 8,976 of xenium_same_he have a twin with the same
@@ -56,7 +56,7 @@ SETTINGS = {
     "storage": "float16",
     "prefetch": 0,  # tiles are made by the same core
 }
-PAPERS_SAMPLES = 4  # maps of models that know no mean are the mean of so many
+PAPERS_SAMPLES = 4  # number of samples averaged for models without a mean
 
 # label -> (method, settings). The papers' ablations are settings: C3-Diff's Table 3, Diff-ST's Table 2.
 VARIANTS: dict[str, tuple[str, dict]] = {
@@ -163,7 +163,7 @@ class Trainer:
         return max(LEAST_STEPS, int(self.budget / seconds))
 
     def train(self, label: str, seed: int, steps: int) -> Path:
-        """The model of a label and seed, trained if it is not there."""
+        """The model of a label and seed, trained if it does not exist."""
         output = (
             self.work
             / f"{re.sub('[^a-z0-9]+', '_', label.lower())}_g{self.genes}_n{steps}_s{seed}.safetensors"
@@ -176,7 +176,7 @@ class Trainer:
         return output
 
     def _config(self, settings: dict, **more) -> dict:
-        """Names instead of a number of genes: what is most expressed may hang on a method's tiles."""
+        """Names instead of a number of genes: which are most expressed may depend on a method's tiles."""
         return {"train": {**SETTINGS, "genes": list(self.panel), **more}, "method": settings}
 
     def _timed(self, method: str) -> float:
@@ -228,7 +228,7 @@ class Scorer:
         self.means = np.array(list(panel.values())) * (hr.grid.bin_um / Requirements(()).lr_um) ** 2
 
     def baselines(self) -> pd.DataFrame:
-        """What needs no training: constant maps, and the spots interpolated."""
+        """Maps without training: constant maps, and interpolated spots."""
         flat = np.broadcast_to(self.means[:, None, None], self.truth.shape)
         maps = zip(CONSTANTS, (np.zeros_like(flat), flat), strict=True)
         rows = [self.score(map_).assign(label=label, lr=False, consistency=False) for label, map_ in maps]
@@ -284,7 +284,7 @@ def paper_scores(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray,
 
 
 def remembered(path: Path, key: str, make):
-    """The value of a key in a JSON file, made where it is missing; another process waits meanwhile."""
+    """The value of a key in a JSON file, computed if missing; other processes wait meanwhile."""
     with open(path, "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
@@ -297,7 +297,7 @@ def remembered(path: Path, key: str, make):
 
 
 def append(csv: Path, rows: pd.DataFrame) -> None:
-    """All rows of a run at once, beside other processes."""
+    """Append all rows of a run at once; other processes may write too."""
     columns = ["label", "seed", "genes", "steps", "train_seconds", "lr", "consistency", "bin_um"]
     rows = rows[columns + [name for name in rows if name not in columns]]
     with open(csv, "a") as file:
@@ -306,7 +306,7 @@ def append(csv: Path, rows: pd.DataFrame) -> None:
 
 
 def is_scored(csv: Path, label: str, seed: int, steps: int, genes: int) -> bool:
-    """Whether the rows of a run are there."""
+    """Whether the rows of a run exist."""
     if not csv.exists():
         return False
     rows = pd.read_csv(csv)[["label", "seed", "steps", "genes"]]

@@ -8,12 +8,12 @@ and prints how long the command took and its peak memory, on at most two cores. 
     python tests/benchmarks/singlecell.py --section SECTION.zarr --from hr_10um superres_x10
 
 prints correlation and error per gene over cells and per cell over genes, in markdown. For inferred maps only cells in
-1000 900 2000 1900 um of `xenium_same_he` may count: the default model was trained on the rest. Genes are
+1000 900 2000 1900 um of `xenium_same_he` are scored: the default model saw the rest. Genes are
 the 200 with the most counts in the bins outside of it.
 
     python tests/benchmarks/singlecell.py --section SECTION.zarr --folder XENIUM_FOLDER
 
-counts the folder's transcripts in bins of 2, 5, 10 and 20 um and scores the cells that come of them: what bins cost.
+counts the folder's transcripts in bins of 2, 5, 10 and 20 um and scores the cells: the effect of the bin size.
 
     python tests/benchmarks/singlecell.py --nuclei [--section SECTION.zarr]
 
@@ -64,7 +64,7 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as folder:
             store = make(Path(folder) / "speed.zarr", asked.cells, asked.genes)
-            # A process of its own: the peak is then the command's and not the simulation's.
+            # In its own process, so that the peak is that of the command and not of the simulation.
             subprocess.run([sys.executable, __file__, f"--measure={store}"], check=True)
 
 
@@ -102,7 +102,7 @@ def make(store: Path, cells: int, genes: int) -> Path:
 
 
 def measure(store: Path) -> None:
-    """Run the command and print what it took."""
+    """Run the command and print its time and memory."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:2]))
     from stsr.verbs.singlecell.verb import singlecell

@@ -1,4 +1,4 @@
-"""Bad input through the command line: one sentence, no result, nothing left behind, the section as it was."""
+"""Bad input through the command line: one sentence, no result, nothing left behind, the section unchanged."""
 
 import ctypes
 import hashlib
@@ -55,7 +55,7 @@ def here(made, tmp_path, monkeypatch):
 
 
 def refused(here, arguments, *words):
-    """Run a command that must refuse; check everything that a refusal promises."""
+    """Run a command that must fail; check its message, exit code and files."""
     before = _contents(here)
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     told = result.stderr.strip()
@@ -258,7 +258,7 @@ def test_a_damaged_state_names_its_folder(here):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A function that mounts a disk of so many bytes, and lets it be changed."""
+    """A function that mounts a disk of a given size in bytes, or changes its size."""
     point = tmp_path / "disk"
     point.mkdir()
     libc = ctypes.CDLL(None, use_errno=True)

@@ -119,7 +119,7 @@ def test_our_own_error_is_one_line_that_tells_what_to_do(capsys):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)])
 def test_signals_unwind_and_end_with_their_code(name, code):
-    # a shell's background job is born deaf to Ctrl-C
+    # background jobs of a shell ignore Ctrl-C
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
     tidied = []

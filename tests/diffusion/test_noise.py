@@ -1,4 +1,4 @@
-"""Noise: windows of one plane, whoever asks, in whatever order."""
+"""Noise: windows cut from one plane, independent of their order."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_names_are_not_confused():
 
 
 def test_values_are_the_same_for_ever():
-    # a result with a seed must be repeatable in a later version: if this fails, say so in the changelog
+    # a result with a seed must be repeatable in a later version: if this fails, note it in the changelog
     values = Noise(42).window(["GATA3"], -1, -1, 2, 2)[0].flatten()  # a corner of four blocks
     expected = [2.33899689, -0.38203275, -0.55232972, -0.81205803]
     assert torch.allclose(values, torch.tensor(expected), atol=1e-6)

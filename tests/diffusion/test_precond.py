@@ -33,15 +33,15 @@ def test_input_and_target_have_unit_variance():
     x0 = 0.7 * torch.randn(200_000, generator=generator, dtype=torch.float64)
     for sigma in torch.tensor([0.01, 0.5, 30.0], dtype=torch.float64):
         x = x0 + sigma * torch.randn(x0.shape, generator=generator, dtype=torch.float64)
-        target = (x0 - scales.c_skip(sigma) * x) / scales.c_out(sigma)  # what the network must give
+        target = (x0 - scales.c_skip(sigma) * x) / scales.c_out(sigma)  # what the network must predict
         assert (scales.c_in(sigma) * x).std().item() == pytest.approx(1, abs=0.01)
         assert target.std().item() == pytest.approx(1, abs=0.01)
-        # a network's error of 1 weighs 1, whatever sigma
+        # a network's error of 1 has weight 1 at every sigma
         assert (scales.loss_weight(sigma) * scales.c_out(sigma) ** 2).item() == pytest.approx(1)
 
 
 def test_denoised_is_optimal_for_gaussians_with_a_silent_network():
-    # for N(0, sigma_data^2) the best estimate is c_skip x: nothing is left for the network to say
+    # for N(0, sigma_data^2) the best estimate is c_skip x: nothing is left for the network to predict
     x = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.1, 1.0, 10.0])
     result = Preconditioning(2.0).denoised(lambda x, c_noise: torch.zeros_like(x), x, sigma)

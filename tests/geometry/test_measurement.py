@@ -78,7 +78,7 @@ def test_bins_between_spots_take_the_root_of_what_the_spots_say():
     maps = np.ones((1, 40, 50), np.float32)
     counts = (
         1e6 * measurement.bins_seen[:, None] * np.array([[4.0], [16.0]])
-    )  # so many that the added count is nothing
+    )  # so many that the added count is negligible
     maps *= 1e6
     Correction(measurement).apply(maps, counts)
     row = (150 - 30) // 10
@@ -135,9 +135,7 @@ def test_correction_of_a_window_equals_that_of_the_whole(make, bin_um):
     measurement, window = make(grid), WIDE.window(30, 40, 20, 10).at(bin_um)
     rng = np.random.default_rng(0)
     guess = rng.gamma(1.0, 2.0, (3, *grid.shape)).astype(np.float32)
-    guess[:, : grid.height // 2, : grid.width // 2] = (
-        0  # spots that measured something where the map is empty
-    )
+    guess[:, : grid.height // 2, : grid.width // 2] = 0  # spots with counts where the map is zero
     counts = rng.poisson(20, (measurement.spots, 3))
     whole = guess.copy()
     Correction(measurement).apply(whole, counts)
@@ -166,7 +164,7 @@ def test_error_is_measured_over_spots_in_the_support(maps):
     inside = measurement.matrix @ ~support.ravel() == 0
     assert correction.beyond == (~inside).sum() > 0
     guess = np.ones_like(maps)
-    counts[~inside] *= 1e12  # what cannot be reached in float32 does not count
+    counts[~inside] *= 1e12  # unreachable in float32; not part of the error
     assert correction.apply(guess, counts) < 1e-3
     assert Correction(measurement, support=~support | support).beyond == 0
     assert Correction(measurement, support=np.zeros_like(support)).apply(guess, counts) is None

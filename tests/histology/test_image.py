@@ -47,12 +47,12 @@ def test_ramp_is_exact_under_any_affine(angle, mirrored, bin_um):
     inside = inner(image, grid, px=8 + int(bin_um))
     assert inside.sum() > 50
     error = np.abs(rgb[:2] - expected(image, grid, per_px))[:, inside]
-    assert error.max() <= 0.5 + 1e-3  # nothing but the rounding to 8 bits
+    assert error.max() <= 0.5 + 1e-3  # only rounding to 8 bits
     assert (rgb[2][image.covered(grid)] == 200).all()
 
 
 def test_half_pixel_convention():
-    """A steep ramp would tell a shift of a hundredth of a pixel: 16 levels of 8 bit per pixel, over many bins."""
+    """A steep ramp reveals a shift of a hundredth of a pixel: 16 levels of 8 bit per pixel, over many bins."""
     image = Image([ramp(12, 12, 16.0)], affine(0.4, 1.0, True, (50.0, 20.0)))
     x0, y0, x1, y1 = image.bounds_um
     grid = Grid(x0, y0, 0.05, int((y1 - y0) / 0.05), int((x1 - x0) / 0.05))

@@ -38,7 +38,7 @@ def make_tiles(count: int = 2, seed: int = 0, side: int = 3) -> Batch:
 
 
 def noise_at(batch: Batch, sample: int = 0, seed: int = 0) -> TileNoise:
-    """Noise of a batch whose tiles stand side by side."""
+    """Noise of a batch whose tiles lie side by side."""
     return TileNoise(Noise(seed, sample), tuple((0, 30 * number) for number in range(len(batch))))
 
 

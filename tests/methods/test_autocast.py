@@ -64,7 +64,7 @@ def test_half_precision_is_close_to_single(name, panel, tiles, at):
     batch = batch.without_lr(torch.tensor([False, True, False]))
     single, half = (trained_and_predicted(name, panel, batch, at(batch), on) for on in (False, True))
     assert all(part.isfinite().all() for part in half)
-    assert not torch.equal(single[2], half[2])  # autocast was at work
+    assert not torch.equal(single[2], half[2])  # autocast was active
     for found, expected, tolerance in zip(
         half, single, (LOSS_TOLERANCE, GRADIENT_TOLERANCE, PREDICTION_TOLERANCE), strict=True
     ):

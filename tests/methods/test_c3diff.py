@@ -25,7 +25,7 @@ SMALL = C3DiffConfig(
     genes_per_tile=3,
     steps=3,
 )
-BIG_ENOUGH = 1e-4  # of counts per bin: a change that is no rounding
+BIG_ENOUGH = 1e-4  # of counts per bin: a change larger than rounding
 
 
 def model(panel=PANEL, awake=True, **settings):
@@ -86,7 +86,7 @@ def test_image_spots_and_gene_matter(tiles, at):
 
 
 def test_lr_features_condition_the_denoiser_beside_the_base(tiles):
-    # the same base, the encoders' maps taken away
+    # the same base, without the encoders' maps
     method, batch = model(), tiles()
     features, steering = method.condition(batch), method.genes(batch.genes, method.scale(batch))
     lr = method._encode_lr(batch, steering)
@@ -144,7 +144,7 @@ def test_guidance_weighs_condition_against_none(tiles, at):
         counts[weight] = method.predict(batch, at(batch))
     residual = method.residual(batch)
     x0 = {weight: (value - residual.base) / residual.spread for weight, value in counts.items()}
-    inside = torch.stack(list(counts.values())).amin(0) > 0  # where nothing was cut off at zero
+    inside = torch.stack(list(counts.values())).amin(0) > 0  # where nothing was clipped at zero
     assert inside.any()
     assert torch.allclose(x0[3.0][inside], (3 * x0[1.0] - 2 * x0[0.0])[inside], atol=1e-3)
     assert not torch.allclose(counts[3.0], counts[1.0], atol=BIG_ENOUGH)
@@ -281,7 +281,7 @@ def test_residual_returns_and_keeps_totals(tiles):
     back = residual.decode(x0)
     assert torch.allclose(back, smoothed(batch.hr, 1.0), atol=1e-4)
     assert torch.allclose(back.sum((2, 3)), batch.hr.sum((2, 3)), rtol=1e-4)
-    assert 0.5 < float(x0.std()) < 1.5  # of unit size, whatever the counts
+    assert 0.5 < float(x0.std()) < 1.5  # of unit size for any counts
     # linear in counts: the mean over samples is the mean of counts
     other = residual.encode(batch.hr.flip(0))
     assert torch.allclose(residual.decode((x0 + other) / 2), (back + back.flip(0)) / 2, atol=1e-4)

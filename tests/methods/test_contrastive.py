@@ -44,14 +44,14 @@ def test_contrast_is_the_formula():
     ("lr", "expected"),
     [
         (AXES, math.log((E + 4) / E)),  # paired: one e for the pair, four ones
-        (SWAPPED, math.log((1 + E + 3) / 1)),  # the pair is at right angles, and a stranger is alike
+        (SWAPPED, math.log((1 + E + 3) / 1)),  # the pair is orthogonal, and a negative is equal
         (COLLAPSED, None),
     ],
 )
 def test_content_of_paired_swapped_and_collapsed(lr, expected):
     got = float(content_loss(AXES, lr, 1.0))
     if expected is None:
-        # the image's vectors are the axes and all spots say the first one: by hand, anchor by anchor
+        # image vectors are the axes, all spot vectors the first axis; computed by hand for each anchor
         image = [math.log((E + 2 + 2 * E) / E), math.log(5), math.log(5)]
         spots = [math.log((E + 2 * E + 2) / E), math.log(1 + E + 1 + 2 * E), math.log(1 + E + 1 + 2 * E)]
         assert got == pytest.approx((sum(image) + sum(spots)) / 3, rel=1e-6)
@@ -63,9 +63,9 @@ def test_modal_of_apart_swapped_and_collapsed():
     # modalities apart: all of one are alike, and unlike the other
     apart = modal_loss(COLLAPSED, AXES[[1, 1, 1]], 1.0)
     assert float(apart) == pytest.approx(2 * math.log((E + 3) / E), rel=1e-6)
-    # one point for everything: a positive and three negatives alike
+    # all vectors equal: the positive and three negatives are alike
     assert float(modal_loss(COLLAPSED, COLLAPSED, 1.0)) == pytest.approx(2 * math.log(4), rel=1e-6)
-    # the content's optimum is the modality's failure, and the order of the tiles does not matter to it
+    # the optimum of content is poor for modality, in any order of the tiles
     paired = modal_loss(AXES, AXES, 1.0)
     assert float(paired) == pytest.approx(2 * math.log(1 + E + 2), rel=1e-6)
     assert float(modal_loss(AXES, SWAPPED, 1.0)) == pytest.approx(float(paired), rel=1e-6)

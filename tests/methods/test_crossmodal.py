@@ -61,7 +61,7 @@ def test_the_threshold_rises_with_progress():
         [False, False, True, True],
         [False, False, False, True],
     ]
-    assert all(row[1] == [True] * 4 for row in kept)  # nothing richer than its richest: never nothing
+    assert all(row[1] == [True] * 4 for row in kept)  # no patch above the threshold: the richest is kept
 
 
 # ------------------------------------------------------------------------------------------------------- attention

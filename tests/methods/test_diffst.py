@@ -101,7 +101,7 @@ def test_permuting_the_panel_permutes_the_output(tiles, at):
     )
     assert torch.allclose(
         other.predict(moved, at(moved)), method.predict(batch, at(batch))[:, turned], atol=1e-3
-    )  # the noise of a gene goes by its name
+    )  # the noise of a gene depends on its name
 
 
 def test_neighbours_in_the_batch_do_not_matter(tiles):
@@ -167,9 +167,7 @@ def test_dropped_patches_are_not_seen(tiles):
     dropped = (~method.kept_patches(batch, 1.0))[0].nonzero()[0].item()
     row, column = divmod(dropped, 3)
     image = batch.image.clone()
-    image[..., 10 * row : 10 * row + 10, 10 * column : 10 * column + 10] = (
-        255  # as plain as can be: stays dropped
-    )
+    image[..., 10 * row : 10 * row + 10, 10 * column : 10 * column + 10] = 255  # uniform: stays dropped
     seen = []
     method.cells.register_forward_hook(lambda module, given, found: seen.append(found))
     method.attention.register_forward_hook(lambda module, given, found: seen.append(given[2]))
@@ -205,7 +203,7 @@ def test_every_term_reaches_what_it_should(term, tiles):
         module = getattr(method, name)
         for key, parameter in module.named_parameters():
             if name == "attention" and key == "key.bias":
-                continue  # adds the same to every key's product, which a softmax forgets
+                continue  # adds the same to every key's product, which the softmax cancels
             assert parameter.grad is not None, (name, key)
             assert parameter.grad.abs().sum() > 0, (name, key)
     assert method.table.grad.any()

@@ -215,7 +215,7 @@ def test_draws_spread_as_far_as_the_counts_exceed_poisson():
     rate = torch.full((4, 3, 60, 60), 6.0)
     counts = torch.poisson(rate * torch.einsum("pr,bryx->bpyx", loadings, hidden).exp(), generator=generator)
     spread = torch.ones(1)
-    for _ in range(10):  # as training follows it
+    for _ in range(10):  # as tracked during training
         draws = posterior_draw(counts, rate, loadings, spread, generator)
         spread = draws.std((0, 2, 3))
     assert float(spread) == pytest.approx(0.5, rel=0.1)

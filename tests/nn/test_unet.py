@@ -61,7 +61,7 @@ def test_embedding_must_be_what_the_net_was_made_for():
 
 def test_gradient_reaches_every_parameter():
     net = UNet(2, 2, widths=(8, 12, 16), blocks=2, embedding_channels=4)
-    with torch.no_grad():  # at birth the last layer is 0 and lets no gradient through
+    with torch.no_grad():  # initially the last layer is 0 and passes no gradient
         for parameter in net.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     net(torch.randn(2, 2, 16, 16), torch.randn(2, 4)).pow(2).sum().backward()
@@ -70,7 +70,7 @@ def test_gradient_reaches_every_parameter():
 
 
 def test_sees_far_and_near():
-    # with three levels one bin must tell on bins 16 away, and the finest level must carry single bins
+    # with three levels one bin must affect bins 16 away, and the finest level must carry single bins
     net = UNet(1, 1, widths=(8, 8, 8), zero_out=False).eval()
     x = torch.randn(1, 1, 48, 48, generator=generator()).requires_grad_()
     net(x)[0, 0, 24, 24].backward()
@@ -81,13 +81,13 @@ def test_sees_far_and_near():
 
 def test_skip_connections_carry_single_bins():
     net = UNet(1, 1, widths=(8, 8, 8), zero_out=False).eval()
-    for up in net.ups:  # cut off all that comes from below
+    for up in net.ups:  # remove the contribution of the coarser levels
         torch.nn.init.zeros_(up.weight)
     x = torch.randn(1, 1, 16, 16, generator=generator())
     changed = x.clone()
     changed[..., 5, 5] += 1
     moved = (net(changed) - net(x)).abs()[0, 0]
-    assert moved[5, 5] > 5 * moved[12:, 12:].max() > 0  # GroupNorm tells a little everywhere
+    assert moved[5, 5] > 5 * moved[12:, 12:].max() > 0  # GroupNorm has a small effect everywhere
 
 
 def test_overfits_a_checkerboard():
@@ -134,7 +134,7 @@ def test_block_modulates_as_film_says():
         block.film.bias.copy_(torch.cat([torch.full((8,), -1.0), torch.zeros(8)]))  # scale by 0, shift by 0
         block.conv2.bias.zero_()
     x = torch.randn(1, 4, 6, 6)
-    assert torch.allclose(block(x, torch.randn(1, 3)), block.skip(x))  # the branch is silenced
+    assert torch.allclose(block(x, torch.randn(1, 3)), block.skip(x))  # the branch contributes nothing
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(1, 1), (3, 1), (8, 2), (12, 3), (32, 8), (34, 2), (96, 8)])

@@ -229,7 +229,7 @@ def test_implausible_pixels_are_refused():
     he.check_pixel(scaling(0.5), 0.52, "he")
     with pytest.raises(StsrError, match="--um-per-px"):
         he.check_pixel(scaling(0.001), None, "he")
-    with pytest.raises(StsrError, match=r"says 0\.5 um"):
+    with pytest.raises(StsrError, match=r"gives 0\.5 um"):
         he.check_pixel(scaling(1.0), 0.5, "he")
     with pytest.raises(StsrError, match="alignment"):
         he.check_pixel(np.diag([1.0, 2.0, 1.0]), None, "he")

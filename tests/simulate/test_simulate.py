@@ -1,4 +1,4 @@
-"""The simulator: its truth is its files' truth, and scverse reads its folders."""
+"""The simulator: its files agree with its truth, and scverse reads its folders."""
 
 import runpy
 from pathlib import Path
@@ -154,7 +154,7 @@ def test_alignment_puts_nuclei_on_cells(tissue, tmp_path, mirror, turn_deg):
     )
     image = tifffile.imread(folder / "he_image.ome.tif").astype(float)[
         ..., 0
-    ]  # red: what haematoxylin takes away
+    ]  # red, which haematoxylin absorbs
     to_um = np.loadtxt(folder / "he_imagealignment.csv", delimiter=",") * [[0.2125], [0.2125], [1]]
     cells = pd.read_parquet(folder / "cells.parquet")
 

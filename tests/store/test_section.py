@@ -1,4 +1,4 @@
-"""A section reads the same in um, whoever wrote its store and in whichever units."""
+"""A section gives the same values in um, whichever tool wrote its store and in whichever units."""
 
 import json
 
@@ -125,7 +125,7 @@ def test_pixels_become_um_by_the_lattice(tmp_path):
     assert section.frame.um_per_unit == pytest.approx(UM_PER_PX, rel=1e-9)
     spots = section.spots
     assert np.allclose(spots.centres_um, um)
-    assert (spots.shape, spots.size_um) == ("disc", 55.0)  # not the 65 um that the file says
+    assert (spots.shape, spots.size_um) == ("disc", 55.0)  # not the 65 um given in the file
     assert spots.pitch_um == pytest.approx(100)
     assert np.array_equal(spots.counts.toarray(), counts)
 
@@ -283,7 +283,7 @@ def test_metadata_is_read_once(tmp_path, monkeypatch):
         section.map("hr_10um")
         assert section.spots and section.image and section.tissue and section.cells
         section.describe()
-    read.remove(path / "zarr.json")  # by open_section, which asks whether there is a store at all
+    read.remove(path / "zarr.json")  # by open_section, which checks that there is a store
     of_elements = [path / group / "zarr.json" for group in ("images/he", "images/hr_10um", "labels/tissue")]
     assert sorted(read) == sorted([path / "zarr.json", *of_elements])
 

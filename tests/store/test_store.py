@@ -1,4 +1,4 @@
-"""Elements appear whole or not at all, measured ones stay, and a kill at any moment leaves a store that opens."""
+"""Elements appear completely or not at all, measured ones are kept, and after a kill at any moment a store opens."""
 
 import errno
 import json
@@ -172,7 +172,7 @@ def test_spread_of_a_replaced_map_goes_with_it(path):
 
 @pytest.mark.parametrize("name", ["he", "HE"])
 def test_measured_elements_stay(path, name):
-    with pytest.raises(StsrError, match="stays as it is"):
+    with pytest.raises(StsrError, match="never replaced"):
         publishing.publish(path, {name: labels(1)}, {name: {}}, overwrite=True)
     assert set(opened(path).images) == {"he"} and nothing_beside(path)
 
@@ -348,7 +348,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def nursery(tmp_path_factory):
-    """A process that has imported everything and forks a child per line it is told."""
+    """A process that has imported everything and forks a child for each line of input."""
     script = tmp_path_factory.mktemp("nursery") / "nursery.py"
     script.write_text(NURSERY)
     with subprocess.Popen(
@@ -372,7 +372,7 @@ def test_kill_before_every_single_step_of_a_swap(path, nursery):
             assert np.unique(np.asarray(sdata.images[name].data)).tolist() in ([1.0], [2.0])
         if codes[-1] == 0:
             break
-        publishing.publish(path, {"other": labels(step)}, {"other": {}}, overwrite=True)  # mends on its way
+        publishing.publish(path, {"other": labels(step)}, {"other": {}}, overwrite=True)  # repairs first
         assert "superres_x10" in opened(path).images
     assert codes[-1] == 0 and len(codes) > 5 and set(codes[:-1]) == {-signal.SIGKILL}
     assert value_of(path) == value_of(path, "superres_x10_sd") == 2.0
@@ -386,7 +386,7 @@ def test_kill_at_random_moments(path, nursery):
         nursery.stdin.write(f"{path}\n")
         child = int(
             nursery.stdout.readline()
-        )  # its first map is out; the kill comes somewhere in the next ones
+        )  # its first map is published; the kill comes during the next ones
         time.sleep(0.4 * rng.random())
         os.kill(child, signal.SIGKILL)
         assert int(nursery.stdout.readline()) == -signal.SIGKILL

@@ -24,7 +24,7 @@ _assignment = partial(typer.Option, rich_help_panel="Assignment")
 
 
 class Per(StrEnum):
-    """What is assigned a type."""
+    """Unit that is assigned a cell type."""
 
     bin = "bin"
     cell = "cell"

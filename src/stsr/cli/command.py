@@ -1,4 +1,4 @@
-"""What all commands have in common: the shared options, and a session around the work."""
+"""The options and the session that all commands share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
     Parameters
     ----------
     run
-        The work. Its first argument is the `stsr.cli.console.Console`; the others become options.
+        Does the work. Its first argument is the `stsr.cli.console.Console`; the others become options.
 
     Returns
     -------

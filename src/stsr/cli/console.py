@@ -96,7 +96,7 @@ class Console:
         RichConsole(file=sys.stderr).print(shown)
 
     def draw(self, path: Path | None, store: Path, figure: Callable[[Section, Path], object]) -> None:
-        """Draw a figure of the section in ``store``, if the user asked for one (``path`` is not None)."""
+        """Draw a figure of the section in ``store``, if one is wanted (``path`` is not None)."""
         if path is not None:
             from stsr.store.section import open_section
 
@@ -185,7 +185,7 @@ def _fail(error: BaseException, debug: bool) -> NoReturn:
 
 
 def _drop_stdout() -> None:
-    """Redirect stdout to nowhere after the reader closed the pipe, so that Python's final flush does not fail."""
+    """Redirect stdout to the null device after the reader closed the pipe, so that Python's last flush succeeds."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -96,7 +96,7 @@ class Noise:
         Returns
         -------
         callable
-            ``step -> (len(corners), len(keys), height, width)`` float32. A sampler starts from step 0 and then asks for
+            ``step -> (len(corners), len(keys), height, width)`` float32. A sampler starts from step 0 and then calls
             1, 2, ...
         """
 

@@ -8,17 +8,17 @@ import scipy.sparse as sp
 from stsr.geometry.grid import Grid
 from stsr.geometry.measurement import Measurement
 
-_SHARED = 0.5  # power of the spots' mean factor that bins between spots take
+_SHARED = 0.5  # exponent of the surrounding spots' mean factor, for bins between spots
 _TOLERANCE = 1e-3  # relative error, summed over the spots of a gene, at which to stop
 _ROUNDS = 50  # at most, where spots share bins
-_DUST = 1e-6  # a smaller part of a bin, or of a spot, is rounding
+_DUST = 1e-6  # smaller fractions of a bin or spot are rounding errors
 
 
 class Correction:
     """Makes maps add up to the measured counts: ``x <- x A^T(y / Ax) / A^T 1``, repeated where spots share bins.
 
-    Bins between spots, which no spot sees, take a part of the correction of the spots around them; bins far from any
-    spot keep their values. A spot that measured something where the map is zero gets its counts spread evenly.
+    Bins between spots take a part of the correction of the surrounding spots; bins far from any spot keep their
+    values. Where the map is zero over a spot with counts, these are spread evenly over the spot.
 
     Corrected values in a window depend only on the map in `area`, and equal those of the whole section bit for bit:
     everything that depends on all spots (pitch, neighbours, spot size) is taken from the whole measurement. Spots
@@ -32,8 +32,8 @@ class Correction:
     window
         The part of the grid to correct; all of it by default.
     support
-        (height, width) bool, over the whole grid: bins whose values will be kept; all by default. The error is
-        measured over spots that lie in it whole.
+        (height, width) bool, over the whole grid: bins that are not set to zero later; all by default. The
+        error is computed over spots that lie entirely inside.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class Correction:
     spots
         Indices of the spots whose counts must be given.
     beyond
-        Number of spots in the window that reach out of the support.
+        Number of spots in the window that reach beyond the support.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Correction:
         seen = np.asarray(matrix.sum(0)).ravel()[bins]
         self._bins, self._unseen = place[bins], place[unseen[mine]]
         self._matrix = own[:, bins].astype(np.float64)
-        # A^T / A^T 1 (bins, spots): the mean over the spots that see a bin.
+        # A^T / A^T 1 (bins, spots): the mean over the spots that cover a bin.
         self._back = (sp.diags(1.0 / seen) @ own[:, bins].T).tocsr().astype(np.float64)
         self._weights = weights[mine][:, self.spots]
         self._seeing = sizes[self.spots, None] > 0
@@ -94,8 +94,8 @@ class Correction:
         Returns
         -------
         float or None
-            The largest relative error of a gene that is left, ``sum |Ax - y| / sum y`` over the spots that lie in
-            window and support whole; None if there are none.
+            The largest remaining relative error of a gene, ``sum |Ax - y| / sum y`` over the spots that lie entirely
+            inside window and support; None if there are none.
         """
         flat = maps.reshape(len(maps), -1)  # (g, bins of the area), a view
         measured = np.where(self._seeing, counts, 0).astype(np.float64)  # (spots, g)
@@ -105,7 +105,7 @@ class Correction:
         self._correct_between(flat, values, measured)
         for number in range(_ROUNDS if self._shares_bins else 1):
             expected = self._matrix @ values
-            if number and _error(expected, measured) < _TOLERANCE / 2:  # float32 takes the rest
+            if number and _error(expected, measured) < _TOLERANCE / 2:  # half is left for rounding
                 break
             factor = np.divide(measured, expected, out=np.zeros_like(measured), where=expected > 0)
             values *= self._back @ factor
@@ -116,10 +116,10 @@ class Correction:
         return _error((self._matrix @ written)[self._whole], measured[self._whole])
 
     def _correct_between(self, flat: np.ndarray, values: np.ndarray, measured: np.ndarray) -> None:
-        """Multiply bins between spots by the root of the mean factor ``y / Ax`` of the spots around them, in place.
+        """Multiply bins between spots by the square root of the mean ``y / Ax`` of the surrounding spots, in place.
 
-        The root, not the whole: measured on Visium discs over known truth, half of the correction in logarithms has the
-        least error between spots (docs/experiments.md). One count is added to both sides against noise.
+        On Visium discs with known truth, half of the correction in logarithms gave the smallest error between spots
+        (docs/experiments.md). One count is added to y and Ax to limit noise.
         """
         if not len(self._unseen):
             return
@@ -128,7 +128,7 @@ class Correction:
 
 
 def _inside(grid: Grid, window: Grid) -> np.ndarray:
-    """Which bins of a grid lie in a window of it: (height, width) bool."""
+    """Mask of the bins of a grid that lie in a window of it: (height, width) bool."""
     row, column = grid.offset_of(window)
     inside = np.zeros(grid.shape, bool)
     inside[row : row + window.height, column : column + window.width] = True
@@ -136,7 +136,7 @@ def _inside(grid: Grid, window: Grid) -> np.ndarray:
 
 
 def _around(grid: Grid, bins: np.ndarray) -> Grid:
-    """The smallest window of whole low-resolution pixels that holds some bins, (bins,) bool."""
+    """The smallest window of whole low-resolution pixels that contains the given bins, (bins,) bool."""
     rows, columns = np.nonzero(bins.reshape(grid.shape))
     top, left = int(rows.min()), int(columns.min())
     hull = grid.window(top, left, int(rows.max()) + 1 - top, int(columns.max()) + 1 - left)

@@ -85,16 +85,16 @@ def lattice_um(centres: np.ndarray, array_row: np.ndarray, array_col: np.ndarray
 
 
 def bounds_of(centres_um: np.ndarray, size_um: float) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) that hold all spots (n, 2) whole, um."""
+    """Bounds (x0, y0, x1, y1) of all spots (n, 2) in their full size, um."""
     reach = size_um / 2
     (x0, y0), (x1, y1) = centres_um.min(0) - reach, centres_um.max(0) + reach
     return float(x0), float(y0), float(x1), float(y1)
 
 
 def grid_around(centres_um: np.ndarray, size_um: float, bin_um: float) -> Grid:
-    """The raster of a section whose spots were measured; every layer of the section lies on it.
+    """The raster of a section with measured spots, on which all layers of the section lie.
 
-    It holds all spots whole, and around them half of the space between two spots.
+    It contains all spots in their full size, with a margin of half the gap between two spots.
 
     Parameters
     ----------

@@ -13,18 +13,18 @@ from scipy.spatial import cKDTree
 from stsr.geometry.grid import LR_UM, Grid
 from stsr.geometry.lattice import VISIUM_PITCH_UM, VISIUM_SPOT_UM, hexagonal_lattice, median_pitch
 
-_SUBSAMPLES = 16  # per side of a bin, for the part of a bin that a disc covers: good to 0.4 % of a bin
-_NEIGHBOURS = 6  # spots around a bin that no spot sees: the corners of a hexagon
+_SUBSAMPLES = 16  # points per side of a bin, for the fraction that a disc covers; accurate to 0.4 % of a bin
+_NEIGHBOURS = 6  # surrounding spots of a bin between spots: the corners of a hexagon
 IN_TISSUE = 0.25
-"""Least share of a spot's area in tissue; Visium too keeps spots at the rim that tissue covers in part."""
-_SHARE_REACH = 1.2  # of the spot pitch: how far from a spot its correction is felt
-_REACH = 0.75  # of the spot pitch: how far a spot speaks for its surroundings; over half a square's diagonal
+"""Smallest fraction of a spot's area in tissue; Visium also keeps partly covered spots at the tissue's edge."""
+_SHARE_REACH = 1.2  # spot pitches; farther from a spot its correction has no effect
+_REACH = 0.75  # spot pitches; bins farther from every spot are unmeasured. More than half a square's diagonal
 _POINTS = 2**20  # bins whose nearest spots are searched at once, for bounded memory
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Spots over a grid, and which part of each bin they see.
+    """Spots over a grid, and the fraction of each bin that they cover.
 
     Parameters
     ----------
@@ -91,14 +91,14 @@ class Measurement:
 
     @cached_property
     def around(self) -> tuple[np.ndarray, sp.csr_matrix]:
-        """Bins between spots, and their weights (bins, spots) on the spots around: inverse squares of distances."""
+        """Bins between spots, and their weights (bins, spots) for the surrounding spots: inverse squared distances."""
         seen = np.asarray(self.matrix.sum(0)).ravel() > 0
         x, y = self.grid.centres_um()
         points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
         count = min(_NEIGHBOURS, self.spots)
         reach = _SHARE_REACH * self.pitch_um
         side_by_side = self.bins_seen.max() * self.grid.bin_um**2 > 0.95 * self.pitch_um**2
-        # Spots that touch have no bins between them: what they leave out was not measured.
+        # Adjacent squares leave no bins between them: bins without a spot are unmeasured.
         unseen = np.zeros(0, int) if side_by_side else np.flatnonzero(~seen)
         distance, spot = cKDTree(self.centres_um).query(points[unseen], k=count, distance_upper_bound=reach)
         distance, spot = distance.reshape(-1, count), spot.reshape(-1, count)
@@ -112,11 +112,11 @@ class Measurement:
         return unseen[some], sp.csr_matrix((weight[keep], (rows[keep], spot[some][keep])), shape)
 
     def of_spots(self, spots: np.ndarray) -> Measurement:
-        """The measurement of some of the spots, by index."""
+        """The measurement by some of the spots, by index."""
         return Measurement(self.grid, self.matrix[spots], self.centres_um[spots])
 
     def of_seeing_spots(self) -> tuple[Measurement, np.ndarray]:
-        """The measurement of the spots that see any bin, and their indices here."""
+        """The measurement by the spots that cover any bin, and their indices."""
         spots = np.flatnonzero(self.bins_seen > 0)
         return self.of_spots(spots), spots
 

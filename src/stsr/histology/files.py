@@ -45,7 +45,7 @@ def read_alignment(path: Path) -> np.ndarray:
 
 
 def open_levels(path: Path) -> tuple[list[Any], float | None]:
-    """Open an RGB image without reading its pixels, where the format allows that.
+    """Open an RGB image without reading its pixels, if the format allows that.
 
     Returns
     -------
@@ -95,7 +95,7 @@ def check_pixel(px_to_um: np.ndarray, named_um: float | None, what: str) -> None
         )
     if named_um and max(size / named_um, named_um / size) > _CONTRADICTION:
         raise StsrError(
-            f"{what} says {named_um:.4g} um per pixel but its alignment gives {size:.4g}; use the alignment made for "
+            f"{what} gives {named_um:.4g} um per pixel but its alignment {size:.4g}; use the alignment made for "
             f"this image, or give the true size with --um-per-px"
         )
 

@@ -47,7 +47,7 @@ class Image:
     """An H&E image and its place in the section.
 
     Pixel ``i`` spans ``[i, i + 1)``: its centre is at ``i + 0.5``. This is the convention of Xenium's alignment files
-    and of SpatialData. Nothing is read until it is asked for.
+    and of SpatialData. Pixels are read on demand.
 
     Parameters
     ----------

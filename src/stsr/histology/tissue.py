@@ -12,10 +12,10 @@ from stsr.geometry.measurement import nearest_spot
 from stsr.histology.image import Image
 
 SUPPORT_UM = 10.0
-"""Bin size at which support is decided; coarser bins follow from it."""
+"""Bin size at which the support is computed; that of coarser bins is derived from it."""
 
 _SMOOTH_UM = 20.0  # a cell and its neighbours: gaps between cells are tissue, gaps between pieces are not
-_PART_OF_TYPICAL = 0.05  # of the typical density where anything was found; background has a tenth of this
+_PART_OF_TYPICAL = 0.05  # fraction of the typical density in tissue; background has a tenth of this
 _SPREAD = 1.645  # sigmas that a straight edge moves outward at 5 % of the density inside
 _HOLE_UM2 = 100.0**2  # smaller holes are filled: a vessel's lumen still lies in tissue
 _SPECK_UM2 = 50.0**2  # smaller pieces are dirt
@@ -31,7 +31,7 @@ def from_density(counts: np.ndarray, grid: Grid, apart_um: float = 0.0) -> np.nd
     grid
         The bins.
     apart_um
-        Distance between cells, where transcripts are known by their cell's position only.
+        Distance between cells, if transcripts have only the position of their cell.
 
     Returns
     -------
@@ -102,8 +102,8 @@ def supported(
     tissue
         Gives the tissue mask (height, width) on a grid.
     centres_um
-        Spot centres (n, 2) as x, y, um. Each of image, tissue and spots is None where the section has none, and then
-        is no condition.
+        Spot centres (n, 2) as x, y, um. Image, tissue and spots are None if the section has none; that condition is
+        then skipped.
 
     Returns
     -------

@@ -65,7 +65,7 @@ class Batch:
     has_lr
         (b,) bool: whether the tile's section has spots.
     lr_mean
-        (b, g) float32, mean count per measured low-resolution pixel of the section: each gene's scale, whatever the
+        (b, g) float32, mean count per measured low-resolution pixel of the section: each gene's scale on this
         platform. Where ``has_lr`` is false, the method's own reference replaces it.
     genes
         (g, p) float32, rows sum to at most 1: each gene as a mixture of panel genes; one-hot for a panel gene.

@@ -80,7 +80,7 @@ def modal_loss(
 ) -> torch.Tensor:
     """L_modal: ``z = M_h^j, z+ = M_h^k (k != j), z- = all M_y``, plus the same with the modalities exchanged.
 
-    M captures what distinguishes the modalities, whatever the tile. Each direction is the mean over all pairs (j, k).
+    M captures what distinguishes the modalities in all tiles. Each direction is the mean over all pairs (j, k).
 
     Parameters
     ----------

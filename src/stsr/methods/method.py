@@ -98,7 +98,7 @@ class Method(nn.Module, ABC):
         Parameters
         ----------
         noise
-            Determined by (seed, gene, sample, position), whatever the tiling; not needed if ``drawn`` is given.
+            Determined by (seed, gene, sample, position), independent of the tiling; not needed if ``drawn`` is given.
         features, drawn
             Results of `condition` and `draw` for these tiles; computed if not given.
         """
@@ -145,7 +145,7 @@ def fill_unmeasured(lr: torch.Tensor, mask: torch.Tensor, scale: torch.Tensor) -
         return lr
     weight = (mask > 0).to(lr.dtype)
     filled, known = lr * weight, weight
-    for _ in range(2):  # two pixels, 200 um: spots further away say little
+    for _ in range(2):  # two pixels, 200 um: spots farther away carry little information
         total = F.avg_pool2d(filled * known, 3, 1, 1)
         count = F.avg_pool2d(known, 3, 1, 1)
         filled = torch.where(known > 0, filled, total / count.clamp_min(1e-6))

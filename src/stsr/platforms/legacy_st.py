@@ -113,7 +113,7 @@ def _counts(file: Path) -> AnnData:
 
 
 def _um_per_px(spots: pd.DataFrame) -> float:
-    """Pixel size from the pitch of 200 um; the fit over all spots averages errors of placing spots by hand."""
+    """Pixel size from the pitch of 200 um; the fit over all spots averages out errors of manual placement."""
     if len(spots) < 4:
         raise StsrError(f"{len(spots)} spots are too few to measure the pixel size; give a whole section")
     array, pixels = spots[["new_x", "new_y"]].to_numpy(float), spots[["pixel_x", "pixel_y"]].to_numpy(float)

@@ -47,7 +47,7 @@ class Transcripts:
     corner_um, bin_um
         For counts that are binned already: the corner of the bins (x, y) and their size, um.
     apart_um
-        For transcripts known by their cell's position only: distance between cells, um.
+        For transcripts that have only the position of their cell: distance between cells, um.
     """
 
     chunks: Callable[[], Iterator[Chunk]]

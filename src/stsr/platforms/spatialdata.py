@@ -39,7 +39,7 @@ def read(path: Path, options: Options) -> Source:
     path
         A store by ``spatialdata_io.xenium``, ``spatialdata_io.visium``, stsr or others.
     options
-        ``um_per_px`` is the um per unit of the store's coordinate system, where that cannot be found; H&E and its
+        ``um_per_px`` is the um per unit of the store's coordinate system, if it cannot be inferred; H&E and its
         alignment (pixels to um) for a store without an image; least quality and genes.
 
     Returns

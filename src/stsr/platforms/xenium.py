@@ -275,7 +275,7 @@ def _table(file: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 
 
 def _outlines(path: Path, cells: pd.DataFrame, warnings: list[str]) -> GeoDataFrame:
-    """Outlines of cells (index: cell id), um; discs of each cell's area where there are no boundaries."""
+    """Outlines of cells (index: cell id), um; discs of each cell's area if boundaries are missing."""
     import geopandas as gpd
     import shapely
 

@@ -167,11 +167,11 @@ def _write_transcripts_parquet(tissue: Tissue, path: Path, layout: XoaLayout) ->
 
 
 def _text(words, index: np.ndarray, layout: XoaLayout):
-    """The words at the given indices, as an arrow array of the layout's text type."""
+    """The strings at the given indices, as an arrow array of the layout's text type."""
     import pyarrow as pa
 
     spelled = [word if isinstance(word, bytes) else str(word).encode() for word in words]
-    index = np.where(index < 0, len(spelled) - 1, index).astype(np.int32)  # the last word stands for "none"
+    index = np.where(index < 0, len(spelled) - 1, index).astype(np.int32)  # the last entry stands for "none"
     words = pa.array(spelled, pa.binary())
     if layout.text == "large_string":
         words = words.cast(pa.large_string())

@@ -1,1 +1,1 @@
-"""What measured counts say before any image: noise, denoising, kriging. numpy and scipy only."""
+"""Models of measured spot counts that need no image: noise, denoising, kriging. Only numpy and scipy."""

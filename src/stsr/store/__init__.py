@@ -1,1 +1,1 @@
-"""The section store: what is in it, reading it, and writing to it safely."""
+"""The section store: catalogue, reading and safe writing."""

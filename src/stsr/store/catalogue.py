@@ -25,7 +25,7 @@ from stsr.store import names
 class Catalogue:
     """A snapshot of a store's contents: each JSON file is read at most once, when it is first needed.
 
-    What is published later is not in it. The functions of this module that take a path read the store anew.
+    It does not show elements published later. The functions of this module that take a path read the store anew.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class Catalogue:
     def elements(self) -> dict[str, str]:
         """Elements as {name: kind}, the kinds being SpatialData's: images, labels, points, shapes, tables.
 
-        Follows what a reader sees: the consolidated metadata if there is any, else the folders.
+        Taken from the consolidated metadata, as other readers do; from the folders if there is none.
         """
         groups = self._groups()
         if groups is None:
@@ -237,7 +237,7 @@ def check_free(path: str | Path, outputs: list[str], overwrite: bool) -> None:
             or names.is_measured_name(old)
         ):
             raise StsrError(
-                f"{old!r} in {store} is not a result of stsr and stays as it is; choose another --name"
+                f"{old!r} in {store} is not a result of stsr and is never replaced; choose another --name"
             )
         if not overwrite:
             raise UsageError(f"{store} already has {name!r}; add --overwrite to replace it")

@@ -53,7 +53,7 @@ def edit_consolidated(
     add: dict[str, Any] | None = None,
     also: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
-    """Change the consolidated metadata in one atomic write; a store without it stays without it.
+    """Change the consolidated metadata, if the store has them, in one atomic write.
 
     Parameters
     ----------

@@ -176,7 +176,7 @@ def in_um(geometry: GeoDataFrame, to_um: np.ndarray) -> GeoDataFrame:
 
 
 def true_size(centres_um: np.ndarray, size_um: float, shape: str) -> float:
-    """55 um for discs on Visium's lattice, whatever the store says; else what it says."""
+    """55 um for discs on Visium's lattice, otherwise the size given in the store."""
     is_visium = shape == "disc" and is_visium_pitch(median_pitch(centres_um))
     return VISIUM_SPOT_UM if is_visium else size_um
 

@@ -90,7 +90,7 @@ def check_name(element: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", element):
         raise UsageError(f"{element!r} is not a valid element name; use letters, digits, '_', '-' and '.'")
     if is_measured_name(element):
-        raise UsageError(f"the name {element!r} is kept for measured data; choose another with --name")
+        raise UsageError(f"the name {element!r} is reserved for measured data; choose another with --name")
     return element
 
 

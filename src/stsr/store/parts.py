@@ -48,12 +48,12 @@ class Spots:
 
     @property
     def bounds_um(self) -> tuple[float, float, float, float]:
-        """(x0, y0, x1, y1) around all spots whole, um."""
+        """Bounds (x0, y0, x1, y1) of all spots in their full size, um."""
         return bounds_of(self.centres_um, self.size_um)
 
     @cached_property
     def pitch_um(self) -> float:
-        """Median distance to the nearest other spot, um; the size where there is one spot."""
+        """Median distance to the nearest other spot, um; for a single spot its size."""
         return median_pitch(self.centres_um) or self.size_um
 
     def grid(self, bin_um: float) -> Grid:
@@ -61,7 +61,7 @@ class Spots:
         return grid_around(self.centres_um, self.size_um, bin_um)
 
     def measurement(self, grid: Grid) -> Measurement:
-        """Which part of each bin each spot sees."""
+        """The fraction of each bin that each spot covers."""
         make = Measurement.discs if self.shape == "disc" else Measurement.squares
         return make(grid, self.centres_um, self.size_um)
 
@@ -180,7 +180,7 @@ class Mask:
 
     @property
     def grid(self) -> Grid | None:
-        """The raster of the labels, um; None where it is not one of square bins along the axes."""
+        """The raster of the labels, um; None if it does not consist of square bins along the axes."""
         (bin_um, skew_x, x0), (skew_y, bin_y_um, y0) = self._px_to_um[:2]
         if bin_um <= 0 or max(abs(skew_x), abs(skew_y), abs(bin_um - bin_y_um)) > 1e-6 * bin_um:
             return None
@@ -204,7 +204,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Cells:
-    """Segmented cells, of a store, of a platform's files or newly found.
+    """Segmented cells, from a store, a platform's files or a new segmentation.
 
     Parameters
     ----------
@@ -216,7 +216,7 @@ class Cells:
     source
         Where the cells come from, for messages and provenance.
     element
-        The shapes or labels of the store that these cells are; None if they are not in a store.
+        The shapes or labels of the store with these cells; None if they are not in a store.
     """
 
     outlines: GeoDataFrame

@@ -1,4 +1,4 @@
-"""Places with gene values: bins of a map, cells of a table, spots. Read by blocks of places or by genes."""
+"""Observations with gene values: bins of a map, cells of a table, or spots. Read by blocks or by genes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class BinPlaces:
     grid
         The bins; each a whole number of the map's bins.
     kept
-        (y, x) bool on that grid: which of them are places.
+        (y, x) bool on that grid: the bins to use.
     spread
         Standard deviation of the map's values, on the map's own bins, if known.
 
@@ -103,7 +103,7 @@ class BinPlaces:
         return np.concatenate([self.read(part).sum(1, dtype=np.float64) for part in parts])
 
     def blocks(self, genes: Sequence[str], uncertain: bool = False) -> Iterator[Block]:
-        """Counts of some genes, and their standard deviation if asked for, a square of bins at a time."""
+        """Counts of some genes, and on request their standard deviation, a square of bins at a time."""
         index = self.raster(np.arange(self.count))
         side = _CHUNK_BINS
         while side > _LEAST_BINS and side**2 * len(genes) * 4 > _BLOCK_BYTES:
@@ -160,7 +160,7 @@ class CellPlaces:
 
     @property
     def scale(self) -> float | None:
-        """100 um / bin size of the map the cells come from, as the name of the table tells."""
+        """100 um / bin size of the map the cells come from, according to the name of the table."""
         match = _CELLS.match(self.name)
         return float(match[1]) if match else None
 
@@ -204,7 +204,7 @@ class CellPlaces:
         return np.asarray(self.values.sum(0), np.float64).ravel()[self._indices(genes)]
 
     def blocks(self, genes: Sequence[str], uncertain: bool = False) -> Iterator[Block]:
-        """Counts of some genes, and their standard deviation if asked for, some thousand cells at a time."""
+        """Counts of some genes, and on request their standard deviation, some thousand cells at a time."""
         columns = self._indices(genes)
         for first in range(0, self.count, _CELLS_AT_ONCE):
             rows = slice(first, min(first + _CELLS_AT_ONCE, self.count))
@@ -283,7 +283,7 @@ def bins_of(
     fine = _window(values.grid, region, factor)
     inside = section.measured(fine) if names.is_measured_name(name) else section.support(fine)
     kept = add_up(inside.astype(np.int64), factor) == factor**2
-    spread = names.spread_name(name) if factor == 1 else None  # of sums it is not known
+    spread = names.spread_name(name) if factor == 1 else None  # not known for sums of bins
     spread_map = section.map(spread) if spread in section.elements else None
     return BinPlaces(name, values, fine.at(fine.bin_um * factor), kept, spread_map)
 

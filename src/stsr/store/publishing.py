@@ -132,7 +132,7 @@ def publish(path, elements: dict, provenance: dict[str, dict], overwrite: bool =
 
 
 def write_elements(path: Path, elements: dict, zarr_format: int) -> None:
-    """Write elements as a store of their own, in the container format of the zarr version."""
+    """Write elements as a separate store, in the container format of the zarr version."""
     from spatialdata import SpatialData
 
     with catalogue.quiet():
@@ -157,12 +157,12 @@ def swap(
 ) -> None:
     """Publish every element of the workspace's store into the store.
 
-    Elements named in ``optional`` are left out if the store has them already, whoever wrote them.
+    Elements named in ``optional`` are skipped if the store already has them, written by any tool.
 
     Raises
     ------
     UsageError, StsrError
-        As `publish`; the store is then as it was.
+        As `publish`; the store is then unchanged.
     """
     with locked(store):
         _recover_all(store, work)
@@ -249,7 +249,7 @@ def _settle(store: Path, work: Workspace) -> None:
         return
     done = catalogue.provenance(store)
     if any(done.get(name, {}).get("token") == journal["token"] for name in journal["new"]):
-        _commit(store, work, journal)  # again: zarr 2 may lack its consolidated half
+        _commit(store, work, journal)  # again: in zarr 2 the consolidated metadata may be missing
         work.wipe()
     else:
         _undo(store, work, journal)

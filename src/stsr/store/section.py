@@ -45,8 +45,8 @@ def open_section(
 class Section:
     """One tissue section. All coordinates are um: those of the frame's coordinate system times its um per unit.
 
-    A section shows the store as it was when its contents were first asked for, and reads no metadata twice. Open it
-    again to see what was published since.
+    Metadata are read once, when they are first needed. Open the section again to see elements published since
+    then.
 
     Parameters
     ----------
@@ -194,9 +194,9 @@ class Section:
     def support(self, grid: Grid) -> np.ndarray:
         """Bins where a map may be believed: (height, width) bool.
 
-        A bin counts if the H&E covers it, it lies in tissue, and a spot is near; what the section lacks is no
-        condition. Bins that are multiples of 10 um count if at least half of their area does. Where the store has
-        labels ``support`` with bins of this size on the same raster, they are read.
+        A bin counts if the H&E covers it, it lies in tissue, and a spot is near; a condition is skipped if the
+        section has no image, tissue mask or spots. Bins that are multiples of 10 um count if at least half of
+        their area does. Labels ``support`` of the store are used if their bins coincide with these.
         """
         stored = self._stored_support
         if stored is not None and _coincide(stored.grid, grid):

@@ -63,7 +63,7 @@ class Workspace:
 
     def close(self) -> None:
         """Remove the folder, or release it if it is to be kept."""
-        # A journal that could not be undone still tells where the old elements are.
+        # A journal that could not be undone still records where the old elements are.
         if self.keep or (self.path / JOURNAL).exists():
             self.release()
         else:
@@ -86,7 +86,7 @@ class Workspace:
             handle.close()
 
     def wipe(self) -> None:
-        """Remove what a killed run left in the folder."""
+        """Remove what remains of a killed run from the folder."""
         for child in self.path.iterdir():
             if child.name != _OWNER:
                 remove_path(child)
@@ -142,7 +142,7 @@ def _is_same_file(handle: IO, path: Path) -> bool:
 
 
 def exchange(new: Path, store: Path, aside: Path) -> None:
-    """Replace an old folder by a new one, in one step where the system can. The old one stays, to be removed."""
+    """Replace an old folder by a new one, in one step if the system supports it. The caller removes the old one."""
     libc = ctypes.CDLL(None, use_errno=True)
     at_cwd, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fs.h
     renameat2 = getattr(libc, "renameat2", None)

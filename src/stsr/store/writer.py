@@ -31,8 +31,8 @@ _DIGEST = "digest"
 class MapWriter:
     """(gene, y, x) float32 images, filled in blocks and published when the ``with`` block ends without an error.
 
-    Blocks that a killed run of the same command (same outputs, genes, grid and provenance) finished are still there:
-    ask `is_done` before computing one, and call `mark_done` after writing it. If the block ends with an error or an
+    Blocks finished by a killed run of the same command (same outputs, genes, grid and provenance) are kept: check
+    `is_done` before computing one, and call `mark_done` after writing it. If the block ends with an error or an
     interruption, everything is removed, unless ``keep`` was set to True before, which keeps finished blocks.
 
     Parameters
@@ -46,8 +46,8 @@ class MapWriter:
     grid
         The bins.
     provenance
-        {element: {...}}, JSON-able. May be added to until the end through the attribute ``provenance``. What is given
-        here decides whether a killed run was the same command, so it must not contain times.
+        {element: {...}}, JSON-able. May be added to until the end through the attribute ``provenance``. Its initial
+        value decides whether a killed run was the same command, so it must not contain times.
     overwrite
         Replace results of stsr of the same names.
     frame
@@ -104,7 +104,9 @@ class MapWriter:
     def __enter__(self) -> MapWriter:
         with disk_errors(self.store):
             self._work.__enter__()
-            self._work.keep = (self._work.path / _DIGEST).exists()  # a refusal costs no finished block
+            self._work.keep = (
+                self._work.path / _DIGEST
+            ).exists()  # a refused command keeps the finished blocks
             try:
                 publishing.recover(self.store, self._work)
                 catalogue.check_free(self.store, self.elements, self._overwrite)
@@ -171,7 +173,7 @@ class MapWriter:
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
     def _resume(self, digest: str) -> bool:
-        """Take over what a killed run of the same command left, if there is any."""
+        """Reuse the finished blocks of a killed run of the same command, if there are any."""
         file = self._work.path / _DIGEST
         if not file.exists() or file.read_text() != digest:
             return False

@@ -1,1 +1,1 @@
-"""What users type: one folder for each command."""
+"""The commands: one folder for each."""

@@ -154,7 +154,7 @@ def test_a_shifted_copy_is_found_at_its_distance():
     rasters, r = _rasters(mask, [field, np.roll(field, 4, axis=1)])
     found = Correlogram(mask, 10.0)
     curve = found.cross(*rasters, r)
-    near = found.lags_um < 250  # half of the tissue: farther apart are few pairs
+    near = found.lags_um < 250  # half of the tissue: few pairs are farther apart
     assert found.lags_um[near][np.argmax(curve[near])] == 40.0 and abs(r) < 0.1
 
 

@@ -402,7 +402,7 @@ def test_bad_input_is_answered_with_a_sentence(store, monkeypatch, options, code
 
 def test_a_section_without_a_map(section):
     result = run("gec", section, "--from", "bilinear_x10", "--name", "spots")
-    assert result.exit_code == 2 and "kept for measured data" in result.stderr
+    assert result.exit_code == 2 and "reserved for measured data" in result.stderr
     import spatialdata
 
     sdata = spatialdata.read_zarr(section)

@@ -1,4 +1,4 @@
-"""`stsr.prepare`: a folder becomes a section, or a sentence says why not."""
+"""`stsr.prepare`: a folder becomes a section, or one sentence explains why not."""
 
 import json
 import os
@@ -360,7 +360,7 @@ BAD = {
     "cut description": (spoil("experiment.xenium"), "experiment.xenium is damaged"),
     "no description": (remove("experiment.xenium"), "experiment.xenium .* is missing"),
     "no alignment": (remove("he_imagealignment.csv"), "he_imagealignment.csv is missing"),
-    "image elsewhere": (shift, "of another image"),
+    "image elsewhere": (shift, "to another image"),
     "image too large": (grow, "--um-per-px"),
     "wrong pixel size": (pixel(2.125), "pixel size of 2.125"),
     "no pixel size": (pixel(None), "pixel size"),
@@ -369,7 +369,7 @@ BAD = {
     "coordinates in nm": (scaled(1e3), "must be in um"),
     "coordinates in pixels of 0.01 um": (scaled(30), "diameter"),
     "no quality": (without_column, "no column qv"),
-    "controls only": (controls_only, "no transcript of a gene"),
+    "controls only": (controls_only, "passes the filters"),
 }
 
 

@@ -18,7 +18,7 @@ XENIUM = ("xenium_same_he", "xenium_serial_he")
 
 @pytest.fixture(scope="module")
 def sections(real_data, tmp_path_factory):
-    """Every section of the breast folder, prepared when first asked for, with what was said about it."""
+    """Every section of the breast folder, prepared on first use, with its warnings."""
     folder, made = tmp_path_factory.mktemp("real"), {}
 
     def section(name):

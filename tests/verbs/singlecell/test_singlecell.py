@@ -305,7 +305,7 @@ def contents(folder):
         (["--score-region", "0,0,1"], 2, "--score-region is"),
         (["--score-region", "9000,9000,9001,9001"], 2, "--score-region"),
         (["--scores", "nowhere/s.csv"], 2, "another path for --scores"),
-        (["--name", "cells"], 2, "kept for measured data"),
+        (["--name", "cells"], 2, "reserved for measured data"),
         (["--name", "superres_x10"], 2, "--overwrite"),
     ],
 )
@@ -358,5 +358,5 @@ def test_bins_of_real_tissue_give_back_the_cells_of_the_instrument(real_data, tm
     of_genes = made.scores[made.scores["of"] == "gene"].set_index("name")
     many = of_genes[of_genes["counts"] > 2000]
     assert of_genes.loc[["GATA3", "TPD52", "SERPINA3"], "pcc_hr_10um"].min() > 0.9
-    assert many["pcc_hr_10um"].median() > 0.88  # docs/singlecell.md says what limits it
+    assert many["pcc_hr_10um"].median() > 0.88  # docs/singlecell.md explains the limit
     assert (many["pcc_hr_10um"] > many["pcc_spots"]).all()

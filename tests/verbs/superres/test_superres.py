@@ -59,7 +59,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def models(folder, tissue):
-    """Methods that have learned nothing yet, but have random weights everywhere, and tiles of 4 x 4 pixels."""
+    """Untrained methods with random weights in all layers, and tiles of 4 x 4 pixels."""
     panel = tuple(gene for gene in tissue.genes if gene != "CD68")
 
     def made(name):
@@ -78,7 +78,7 @@ def models(folder, tissue):
 
 @pytest.fixture(params=list(TINY))
 def any_model(models, request):
-    """One method after the other: what holds for maps holds for all of them."""
+    """Each method in turn: properties of maps hold for all of them."""
     return models[request.param]
 
 
@@ -130,7 +130,7 @@ def foreign(path, tissue, grid, centres, size_um, image, shown):
 
 
 def whole_spots(section, grid):
-    """Spots of which the support holds every bin."""
+    """Spots that lie entirely inside the support."""
     measurement = section.spots.measurement(grid)
     return (measurement.bins_seen > 0) & (measurement.matrix @ ~section.support(grid).ravel() == 0)
 
@@ -175,7 +175,7 @@ def test_a_coarser_scale_is_the_sum_of_the_finer(store, any_model):
     supported = open_section(path).support(open_section(path).grid(10))
     inside = supported.reshape(coarse.shape[1], 2, coarse.shape[2], 2).all(
         (1, 3)
-    )  # at the rim one has more bins
+    )  # at the border one has more bins
     np.testing.assert_allclose(coarse[:, inside], summed[:, inside], rtol=2e-3, atol=1e-5)
 
 
@@ -198,7 +198,7 @@ def test_same_seed_same_bits_whatever_the_order_and_the_blocks(store, any_model,
     assert not np.allclose(read(path, "one_sd"), read(path, "three_sd"), rtol=1e-2)
 
 
-INNER = (210, 190, 330, 280)  # um: neither at the rim nor on the borders of tiles
+INNER = (210, 190, 330, 280)  # um: neither at the border nor on the borders of tiles
 
 
 def assert_a_region_is_the_crop(path, **options):
@@ -372,7 +372,7 @@ def test_a_store_by_spatialdata_io(visium_folder, prepared, model, tmp_path):
         ({"samples": 0}, "at least 1"),
         ({"region": (5000, 5000, 6000, 6000)}, "outside the section"),
         ({"region": (300, 0, 100, 100)}, "X0 < X1"),
-        ({"name": "spots"}, "kept for measured data"),
+        ({"name": "spots"}, "reserved for measured data"),
         ({"sampler": "dpm"}, "dpmpp_2m"),
         ({"steps": 0}, "steps"),
         ({"method": "bicubic"}, "exclude each other"),

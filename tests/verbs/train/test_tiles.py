@@ -61,7 +61,7 @@ class Everywhere:
 
 
 class FakeSection:
-    """A section in memory with the face of `stsr.store.section.Section`."""
+    """A section in memory with the interface of `stsr.store.section.Section`."""
 
     def __init__(self, name="one", lr=(16, 14), genes=GENES, bin_um=10.0, seed=0, tissue=None):
         rng = np.random.default_rng(seed)
@@ -131,7 +131,7 @@ def test_visium_spots_are_raster_of_discs():
     sums = add_up(batch.hr, 10)
     assert not torch.equal(batch.lr, sums)
     relative = batch.lr.sum((0, 2, 3)) / sums.sum((0, 2, 3))
-    assert (relative - 1).abs().max() < 0.15  # a disc speaks for its pixel's whole area
+    assert (relative - 1).abs().max() < 0.15  # a disc's density stands for its whole pixel
 
 
 def test_section_mean_is_per_pixel():

@@ -1,4 +1,4 @@
-"""Training: it learns, it goes on after any end, and what it is told is checked."""
+"""Training: it learns, resumes after any interruption, and checks its settings."""
 
 import json
 import os
@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_finite_ends_training(section, tmp_path):
         ({"settings": ["steps=many"]}, "whole number"),
         ({"settings": ["steps=0"]}, "must be positive"),
         ({"settings": ["train.steps=1", "method.steps=1"]}, "steps"),
-        ({"method": "bicubic"}, "nothing to learn"),
+        ({"method": "bicubic"}, "no parameters to train"),
         ({"method": "unett"}, "did you mean unet"),
         ({"device": "cuda:99"}, "--device auto"),
         ({"device": "abacus"}, "no device is called"),
@@ -313,7 +313,7 @@ def test_rates_rise_and_fall():
 def test_correlation_of_parts_is_that_of_the_whole():
     rng = torch.Generator().manual_seed(0)
     a, b = torch.rand(2, 6, 3, 5, 5, generator=rng)
-    b[:, 2] = 0  # a gene that is nowhere counts for nothing
+    b[:, 2] = 0  # a gene without counts has no effect
     moments = add_moments(a[4:], b[4:], add_moments(a[:4], b[:4], None))
     expected = [np.corrcoef(a[:, g].ravel(), b[:, g].ravel())[0, 1] for g in range(2)]
     assert mean_pcc(moments) == pytest.approx(np.mean(expected), abs=1e-6)

@@ -1,4 +1,4 @@
-"""What `stsr celltype` was asked to do."""
+"""The options of one run of `stsr celltype`, checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIN_COUNTS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class CelltypeJob:
-    """The values of one run; see `stsr.celltype` for what they mean.
+    """The options of one run; `stsr.celltype` describes them.
 
     Raises
     ------

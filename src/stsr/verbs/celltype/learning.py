@@ -23,7 +23,7 @@ Places = BinPlaces | CellPlaces
 
 @dataclass(frozen=True)
 class Learned:
-    """Signatures as this section would show them.
+    """Signatures on the genes of a section, with platform effects.
 
     Attributes
     ----------
@@ -65,7 +65,7 @@ class Fit:
 
 
 def learn(places: Places, job: CelltypeJob) -> Learned:
-    """Signatures of a reference, of marker lists, or of clusters, whichever the job names.
+    """Signatures of a reference, of marker lists, or of clusters, as the job specifies.
 
     Raises
     ------
@@ -154,7 +154,7 @@ def fit(places: Places, learned: Learned, *, draws: int, seed: int, progress: Pr
     learned
         Signatures.
     draws
-        Redraws for the confidence; 0 for none. None are made where the counts' standard deviation is not known.
+        Redraws for the confidence; 0 for none. None are made if the counts' standard deviation is not known.
     seed
         Of the redraws.
     progress

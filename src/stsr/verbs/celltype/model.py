@@ -26,12 +26,12 @@ _EVERY, _TOLERANCE = (
     1e-3,
 )  # steps between checks for convergence, and the largest change of a converged share
 _TINY = 1e-12
-_AWAY = 0.05  # of a start's weight is spread over all types: updates cannot raise a weight of exactly 0
+_AWAY = 0.05  # of the initial weight is spread over all types: updates cannot raise a weight of exactly 0
 FOLD = 20.0
 """Genes whose detection rate differs more than this between two platforms are not comparable."""
 
 # Common lineages by the beginning of their names, in the colours of Okabe-Ito and Tol, which colour-blind readers can
-# tell apart.
+# distinguish.
 _LINEAGES = {
     "malignant": "#cc3311", "cancer": "#cc3311", "tumor": "#cc3311", "tumour": "#cc3311",
     "epithelial": "#ee9966", "luminal": "#ee9966", "basal": "#aa6611", "myoepithelial": "#aa6611",

@@ -23,7 +23,7 @@ _ATTRIBUTES = "spatialdata_attrs"
 
 
 def result_names(places: Places, name: str | None) -> list[str]:
-    """Names of the elements to write, the one to tell the user first.
+    """Names of the elements to write; the first is reported to the user.
 
     For bins: labels of types, table of types, table of bins, labels of bin numbers. For cells: their table.
     """
@@ -86,7 +86,7 @@ class Typed:
         if fit.confidence is not None:
             table.obs["confidence"] = fit.confidence
         table.obs["counts"] = fit.counts
-        # squidpy and decoupler look here
+        # read by squidpy and decoupler
         table.obsm["proportions"] = pd.DataFrame(fit.shares, table.obs_names, types)
         table.uns["celltype_colors"] = model.colours([*types, UNASSIGNED])
         return table

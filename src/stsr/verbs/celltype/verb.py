@@ -178,7 +178,7 @@ def _places(section: Section, job: CelltypeJob) -> Places:
     places = bins_of(section, job.source or section.catalogue.newest_superres())
     if not places.count:
         raise StsrError(
-            f"{places.name!r} in {section.path.name} has no bin in tissue; prepare the section again"
+            f"{places.name!r} in {section.path.name} has no bin inside the support; prepare the section again"
         )
     return places
 

@@ -17,7 +17,7 @@ from stsr.verbs.gec.values import Values
 if TYPE_CHECKING:
     from anndata import AnnData
 
-_LOOKED_AT = 16  # genes that tell whether values are counts
+_LOOKED_AT = 16  # genes inspected to decide whether values are counts
 _LEAST_GENES = 3
 _RAW, _CORRECTED = "raw", "noise-corrected"
 
@@ -39,7 +39,7 @@ def shared_genes(genes: Sequence[str], layers: Sequence[Values], denoise: bool) 
     if len(genes) < _LEAST_GENES:
         raise UsageError(
             f"only {len(genes)} genes vary in all of {', '.join(layer.name for layer in layers)}; "
-            "matrices are compared from three genes on"
+            "at least three are needed to compare matrices"
         )
     if denoise:
         values = layers[0].read(genes[:_LOOKED_AT])

@@ -144,7 +144,7 @@ def effective_places(auto_a: np.ndarray, auto_b: np.ndarray, pairs: np.ndarray) 
 def modified_t_test(r: np.ndarray, effective: np.ndarray) -> np.ndarray:
     """Two-sided p-values of correlations, corrected for spatial autocorrelation: Student's t, M - 2 degrees of freedom.
 
-    M is the effective number of places. p is 1 where it is below three.
+    M is the effective number of places. p is 1 if M is below three.
     """
     freedom = np.maximum(effective, _LEAST_EFFECTIVE) - 2
     left = np.maximum(1 - np.square(r, dtype=np.float64), 1e-12)

@@ -33,7 +33,7 @@ def gec_figure(table: AnnData, path: str | Path, title: str) -> Path:
     """Draw a table of `stsr.gec`.
 
     Left: clustered heatmap with dendrogram, with the measured correlations below the diagonal if the table has them.
-    Top right: correlation by distance of pairs asked for and of the strongest pairs. Bottom right: the strongest pairs
+    Top right: correlation by distance of requested and of the strongest pairs. Bottom right: the strongest pairs
     or, with a truth, the correlation of every pair against the measured one.
 
     Parameters

@@ -1,4 +1,4 @@
-"""What `stsr gec` was asked to do."""
+"""The options of one run of `stsr gec`, checked."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from stsr.errors import UsageError
 from stsr.store.places import Region
 
 PLACES = ("bin", "cell")
-"""What genes are correlated over."""
+"""Kinds of observations to correlate over."""
 TOP = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class GecJob:
-    """The values of one run; see `stsr.gec` for what they mean.
+    """The options of one run; `stsr.gec` describes them.
 
     Raises
     ------

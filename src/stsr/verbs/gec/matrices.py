@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 MEMORY_BYTES = 4 * 2**30
-"""Memory for the resident block of genes. With the passing block and values kept by gec, the peak is below 8 GB."""
+"""Memory for the resident block of genes. With the second block and the values kept by gec, the peak is below 8 GB."""
 _PASSING_BYTES = 2**28
 _READ_GENES = 16  # at once: the genes of one chunk of a map on disk
 _LEAST_RELIABILITY = (

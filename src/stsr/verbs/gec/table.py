@@ -172,7 +172,7 @@ def _curves(
 
 
 def known_pair(genes: Sequence[str], pair: tuple[str, str]) -> tuple[str, str]:
-    """A pair whose correlation by distance is wanted, if both genes are there.
+    """A pair of genes for the correlation by distance, if both are available.
 
     Raises
     ------

@@ -39,7 +39,7 @@ class Values:
         size = 4 * len(kept) * places.count
         self._column = {gene: number for number, gene in enumerate(kept)} if size <= most_bytes else {}
         self._is_read: set[str] = set()
-        # Genes vary fastest in memory, as in what a map gives: sums are rounded alike.
+        # Genes vary fastest in memory, as in values read from a map, so that sums are rounded alike.
         self._kept = np.empty((places.count, len(self._column)), np.float32)
         self.bytes = self._kept.nbytes
 
@@ -64,7 +64,7 @@ class Values:
 
 
 def values_of(layers: Sequence[Places], genes: Sequence[str]) -> list[Values]:
-    """Values of several layers, kept in memory first come, first served: half of `matrices.MEMORY_BYTES` in all."""
+    """Values of several layers, kept in memory in this order, up to half of `matrices.MEMORY_BYTES` in all."""
     left = matrices.MEMORY_BYTES // 2  # the matrices' blocks take as much again
     found = []
     for places in layers:

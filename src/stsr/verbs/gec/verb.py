@@ -103,7 +103,7 @@ def gec(
     progress: Progress | None = None,
     report: Report | None = None,
 ) -> Gec:
-    """Correlate genes over the bins in tissue, or over cells, and write the matrices into the store.
+    """Correlate genes over the bins of the support, or over cells, and write the matrices into the store.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def gec(
     genes
         Names; all genes of the source by default. Genes that do not vary are left out, with a note.
     bin_um
-        Bin size to sum the map's bins to first; a multiple of its own.
+        Bin size to sum the map's bins to first; a multiple of the map's bin size.
     region
         (x0, y0, x1, y1), um: only bins or cells whose centres lie in it.
     truth
@@ -211,7 +211,7 @@ def _places(section: Section, job: GecJob) -> BinPlaces | CellPlaces:
     places = bins_of(section, source, job.bin_um, job.region)
     if places.count < LEAST_PLACES:
         raise UsageError(
-            f"only {places.count} whole bins of {places.grid.bin_um:g} um of {source} lie in tissue; "
+            f"only {places.count} whole bins of {places.grid.bin_um:g} um of {source} lie inside the support; "
             "give a larger --region or a smaller --bin-um"
         )
     return places
@@ -266,7 +266,7 @@ def _interpolated(section: Section, places: BinPlaces) -> list[str]:
 
 
 def _chosen(places: BinPlaces | CellPlaces, genes: Sequence[str] | None) -> list[str]:
-    """The genes asked for, in the source's order, which is quickest to read."""
+    """The requested genes, in the order of the source, which is fastest to read."""
     wanted = set(genes_of(genes, places.genes, places.name))
     return [gene for gene in places.genes if gene in wanted]
 
@@ -286,7 +286,7 @@ def _element(section: Section, places: BinPlaces | CellPlaces, table: AnnData) -
 
     Its rows are genes and annotate no instance, but spatial queries of spatialdata 0.7 raise KeyError on a table that
     names no region. So it names the image whose channels the genes are, or for cells any image: queries drop the table
-    then, and no plot colours images by tables. Shapes would do harm: plots by gene name would find two tables.
+    then, and no plot colours images by tables. Shapes are not suitable: plots by gene name would find two tables.
     """
     kinds = section.elements
     images = sorted(

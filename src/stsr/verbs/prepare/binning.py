@@ -18,7 +18,7 @@ class Counter:
     """Counts of genes in places (bins or spots).
 
     Each transcript becomes a 4-byte key in an unlinked temporary file, sorted by blocks of genes. A block is counted
-    when it is asked for. Memory holds one chunk and one block, whatever the number of transcripts and genes. The
+    on demand. Memory holds one chunk and one block, independent of the number of transcripts and genes. The
     temporary file disappears with the process.
 
     Parameters

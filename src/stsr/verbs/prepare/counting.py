@@ -17,7 +17,7 @@ from stsr.platforms.source import Chunk, Spots, Transcripts
 from stsr.progress import Progress, silent
 from stsr.verbs.prepare.binning import Counter
 
-_LOCATE_UM = 10.0  # so fine that all transcripts of a bin that lie in a disc lie in the bin's nearest one
+_LOCATE_UM = 10.0  # so fine that transcripts of a bin can only lie in the disc nearest to the bin
 _TOUCH_UM = 1e-3  # added to the bounds so that the last transcript lies inside
 
 
@@ -96,7 +96,7 @@ def count(
     kept = int(counter.per_gene.sum())
     if not kept:
         raise StsrError(
-            f"no transcript of a gene is left of {low + other}; lower --min-qv or choose other genes"
+            f"none of {low + other} transcripts passes the filters; lower --min-qv or choose other genes"
         )
     mask = tissue.from_density(counter.per_place.reshape(grid.shape), grid, transcripts.apart_um)
     if not mask.any():

@@ -27,7 +27,7 @@ def overlap(image: Image, counts: np.ndarray, grid: Grid, what: str = "transcrip
     grid
         The bins.
     what
-        What the counts are of, for the message.
+        What was counted, for the message.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def overlap(image: Image, counts: np.ndarray, grid: Grid, what: str = "transcrip
     share = float(counts[image.covered(grid)].sum() / max(counts.sum(), 1))
     if share < _LEAST_OVERLAP:
         raise StsrError(
-            f"the H&E covers only {share:.0%} of the {what}: its alignment is of another image; give the one made "
+            f"the H&E covers only {share:.0%} of the {what}: its alignment belongs to another image; give the one made "
             f"for this image with --alignment"
         )
     return share
@@ -97,7 +97,7 @@ def _agreement(image: Image, counts: np.ndarray, grid: Grid, where: np.ndarray) 
     stain, density = darkness(image.read(grid))[seen], np.log1p(counts[seen])
     if stain.std() == 0 or density.std() == 0:
         return 0.0
-    # A rotation that leaves part of the counts without an image must not win by the rest.
+    # A rotation that leaves part of the counts without an image must not be preferred for the rest.
     return float(np.corrcoef(stain, density)[0, 1]) * float(counts[seen].sum() / counts.sum())
 
 

@@ -19,7 +19,7 @@ _UM_PER_PX = (0.01, 1000)
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareJob:
-    """What to prepare, and how.
+    """Input, output and options of one run.
 
     Parameters
     ----------
@@ -98,9 +98,7 @@ class PrepareJob:
                 f"a pixel size of {um_per_px:g} um is implausible; give --um-per-px in um per pixel"
             )
         if not 0 <= options.min_qv < np.inf:
-            raise UsageError(
-                f"a quality value of {options.min_qv:g} does not exist; give --min-qv between 0 and 40"
-            )
+            raise UsageError(f"--min-qv must be 0 or more (quality values reach 40), not {options.min_qv:g}")
         for file, option in ((options.he, "--he"), (options.alignment, "--alignment")):
             if file is not None and not file.is_file():
                 raise UsageError(f"there is no file {file}; check {option}")
@@ -116,7 +114,7 @@ class PrepareJob:
 
 
 def default_output(path: Path) -> Path:
-    """The store's name where none is given: that of the input, in the working directory."""
+    """The default store: the name of the input, in the working directory."""
     folder = path.resolve()
     if folder.name == "outs":  # every run of Space Ranger has this name
         folder = folder.parent

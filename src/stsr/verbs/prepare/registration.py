@@ -1,4 +1,4 @@
-"""Refine a vendor's alignment of the H&E, which is good to 10-40 um, by the positions of transcripts."""
+"""Refine a vendor's alignment of the H&E, which is accurate to 10-40 um, by the positions of transcripts."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _affine_of(shifts: np.ndarray) -> np.ndarray:
 
 
 def _distance(old: np.ndarray, new: np.ndarray, grid: Grid) -> float:
-    """Root mean square distance, um, between the section's places under two alignments."""
+    """Root mean square distance, um, between positions in the section under two alignments."""
     x, y = grid.at(grid.bin_um).centres_um()
     points = np.stack(
         [*(axis.ravel() for axis in np.meshgrid(x[::10], y[::10])), np.ones(len(x[::10]) * len(y[::10]))]

@@ -52,12 +52,12 @@ def prepare(
     output
         The store to make; ``<name of the input>.zarr`` in the working directory by default.
     he
-        H&E image, where it is not found beside the data.
+        H&E image, if it is not found beside the data.
     alignment
         csv file of the affine (3 x 3) from pixels of the H&E: for Xenium to pixels of the instrument, as Xenium
         Explorer exports it, otherwise to um.
     um_per_px
-        True pixel size, um, where it is missing or wrong in the data.
+        True pixel size, um, if it is missing or wrong in the data.
     spots
         Spots to simulate from transcripts: ``"square"`` (100 um) or ``"visium"`` (55 um discs, 100 um apart).
         Measured spots are kept as they are.
@@ -70,7 +70,7 @@ def prepare(
     genes
         Keep only these genes.
     refine
-        Refine the alignment by a small affine, so that nuclei and transcripts coincide (where there are transcripts
+        Refine the alignment by a small affine, so that nuclei and transcripts coincide (if there are transcripts
         or cells; see `stsr.verbs.prepare.registration`).
     progress
         Called with (done, total, label).
@@ -183,12 +183,12 @@ class _Section:
     warnings: list[str] = field(default_factory=list)
 
     def add(self, name: str, element: Any, facts: dict) -> None:
-        """Add an element and what its provenance says."""
+        """Add an element and its provenance."""
         self.parts[name], self.provenance[name] = element, facts
 
 
 def _assemble(source: Source, measured: _Measured, refine: bool) -> _Section:
-    """Check what was read and make the elements of the store."""
+    """Check the input and make the elements of the store."""
     section = _Section()
     image = _add_image(section, source.image, measured, refine) if source.image is not None else None
     if measured.spots is not None:
@@ -223,7 +223,7 @@ def _check_image(image: Image, measured: _Measured) -> tuple[dict, list[str]]:
     Raises
     ------
     StsrError
-        If the image lies elsewhere.
+        If the image does not cover the counts.
     """
     facts: dict[str, Any] = {
         "units": "uint8 RGB",

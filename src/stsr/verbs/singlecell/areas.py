@@ -1,7 +1,7 @@
 """Sum bins over cells by exact areas of overlap.
 
 A matrix of shares (cells, bins) holds the fraction of each bin that belongs to each cell. Counts are taken as evenly
-spread within a bin, so counts per cell are ``shares @ counts per bin``. What lies in no cell stays outside.
+spread within a bin, so counts per cell are ``shares @ counts per bin``. Counts in no cell are reported separately.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def shares(polygons: np.ndarray, grid: Grid) -> sp.csr_matrix:
 def _intersected(
     common: np.ndarray, members: np.ndarray, polygons: np.ndarray, tree: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Intersect areas with one more cell; the cells of a set ascend, so that each set comes once."""
+    """Intersect areas with one more cell; the cells of a set ascend, so that each set occurs once."""
     area, cell = tree.query(common, predicate="intersects")
     later = cell > members[area, -1]
     area, cell = area[later], cell[later]

@@ -1,4 +1,4 @@
-"""What one run of singlecell will do, decided and checked before any work."""
+"""One run of singlecell, decided and checked before any work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Region = tuple[float, float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asked for; see `singlecell`."""
+    """The options of one run; `stsr.singlecell` describes them."""
 
     source: str | None
     genes: Sequence[str] | None
@@ -177,7 +177,7 @@ def _check_scores(request: Request, measured: Measured | None) -> None:
 
 
 def _on_the_map(job: Job) -> Job:
-    """Drop cells beyond the map: nothing is known of them, which is not a count of 0."""
+    """Drop cells beyond the map: their counts are unknown, not 0."""
     kept = np.asarray(job.shares.sum(1)).ravel() > 0
     if not kept.any():
         raise StsrError(
@@ -196,7 +196,7 @@ def _on_the_map(job: Job) -> Job:
 
 
 def _with_support(job: Job) -> Job:
-    """Find out how much of each cell lies where a predicted map is supported; measured maps are, everywhere."""
+    """Find the fraction of each cell inside the support of a predicted map; measured maps are valid everywhere."""
     if not catalogue.is_result(job.section.provenance.get(job.source, {})):
         return job
     bins = job.section.support(job.bins.grid).ravel().astype(np.float64)

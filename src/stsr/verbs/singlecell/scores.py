@@ -1,4 +1,4 @@
-"""Counts per cell against measured ones, beside what the spots alone would give."""
+"""Scores of counts per cell against measured counts, with the spots alone as baselines."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ def _compact(counts: np.ndarray) -> np.ndarray | sp.csr_matrix:
 
 
 def _scores(job: Job, measured: Measured, counts: np.ndarray, region: Region | None) -> pd.DataFrame:
-    """Score the counts, and what the spots alone would give, over cells whose centroid lies in the region."""
+    """Score the counts, and the baselines from spots alone, over cells whose centroid lies in the region."""
     grid, spots = job.bins.grid, job.section.spots
     x0, y0, x1, y1 = region or grid.bounds_um
     x, y = job.cells.centres_um[measured.rows].T

@@ -69,7 +69,7 @@ class Field:
         self.lr_mean = lr_mean(self.lr, self.mask)
 
     def batch(self, window: Grid, image: torch.Tensor | None = None) -> Batch:
-        """One tile (b = 1); white where there is no image, no spots beyond the grid.
+        """One tile (b = 1); white outside the image, without spots outside the grid.
 
         Parameters
         ----------

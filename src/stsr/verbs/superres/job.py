@@ -32,7 +32,7 @@ DEFAULT_SAMPLES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A method and where it comes from.
+    """A method and its origin.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Loaded:
     digest
         Of the checkpoint; None without one.
     device
-        Where it predicts.
+        Device on which it predicts.
     """
 
     method: Method
@@ -62,7 +62,7 @@ class SuperresJob:
     Attributes
     ----------
     section
-        What is read.
+        The section that is read.
     store
         Where the maps are written: the section's own store or a copy.
     loaded
@@ -85,11 +85,11 @@ class SuperresJob:
     support
         (height, width) bool, over the whole section in output bins: maps are zero elsewhere.
     samples, seed
-        Draws of a diffusion model, and their seed.
+        Number of samples of a diffusion model, and their seed.
     element
         Name of the map.
     notes
-        What the user should know before the work begins.
+        Remarks for the user before the work begins.
     provenance
         How the maps are made, JSON-able.
     """
@@ -120,7 +120,7 @@ class SuperresJob:
 
     @property
     def requirements(self) -> Requirements:
-        """What the method needs."""
+        """The tiles that the method needs."""
         return self.loaded.method.requirements
 
     @property
@@ -141,7 +141,7 @@ class SuperresJob:
     def counts(self, genes: Sequence[str], spots: np.ndarray) -> sp.csr_matrix:
         """Measured counts (spots, genes) of some spots of the section."""
         measured = self.section.spots
-        assert measured is not None  # nobody asks without a measurement
+        assert measured is not None  # called only with a measurement
         return measured.select(genes)[spots]
 
 
@@ -227,7 +227,7 @@ def make_job(
     name: str | None,
     seed: int,
 ) -> SuperresJob:
-    """Check what is asked for and make the job; arguments are those of `stsr.superres`.
+    """Check the options and make the job; arguments are those of `stsr.superres`.
 
     Raises
     ------
@@ -276,7 +276,7 @@ def make_job(
 
 
 def _measurement(spots: Spots | None, grid: Grid) -> tuple[Measurement | None, np.ndarray]:
-    """Spots over a grid, and their indices in the section: all that see a bin."""
+    """All spots that cover a bin of the grid, and their indices in the section."""
     if spots is None:
         return None, np.zeros(0, int)
     measurement, seeing = spots.measurement(grid).of_seeing_spots()
@@ -286,7 +286,7 @@ def _measurement(spots: Spots | None, grid: Grid) -> tuple[Measurement | None, n
 
 
 def _notes(*, blind: bool, outside: int) -> list[str]:
-    """What the user should know before the work begins."""
+    """Remarks for the user before the work begins."""
     notes = []
     if blind:
         notes.append("no measured spots: predicting from the image alone")
@@ -298,7 +298,7 @@ def _notes(*, blind: bool, outside: int) -> list[str]:
 
 
 def notes_on_result(job: SuperresJob) -> list[str]:
-    """What the user should know about the maps that were written."""
+    """Remarks for the user about the maps that were written."""
     beyond = 0 if job.correction is None else job.correction.beyond
     if not beyond:
         return []
@@ -351,7 +351,7 @@ def _factor(scale: float, needs: Requirements) -> int:
     # The bounds first: NaN cannot be rounded.
     if not 1 <= scale <= finest or abs(scale - round(scale)) > 1e-9 or finest % round(scale):
         served = ", ".join(str(s) for s in range(finest, 0, -1) if finest % s == 0)
-        raise UsageError(f"this model cannot serve --scale {scale:g}; choose one of {served}")
+        raise UsageError(f"this model cannot predict --scale {scale:g}; choose one of {served}")
     return finest // round(scale)
 
 
@@ -378,7 +378,7 @@ def _samples(samples: int | None, method: Method) -> int:
         raise UsageError(f"--samples must be at least 1, not {samples}")
     if not method.samples:
         if samples not in (None, 1):
-            raise UsageError("this method is not random: every sample would be the same; leave out --samples")
+            raise UsageError("this method is not random: all samples would be equal; leave out --samples")
         return 1
     return DEFAULT_SAMPLES if samples is None else samples
 

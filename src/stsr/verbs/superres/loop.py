@@ -1,8 +1,8 @@
 """The loop of superres: tiles through a method into the store, in bounded memory.
 
 Genes go through the tiles in blocks. A block's tiles are blended band by band, and finished rows go to a scratch file
-beside the store; when the last band is there, the maps are corrected, cut to the support and written, 16 genes at a
-time. A run that was interrupted goes on at the same band.
+beside the store. After the last band, maps are corrected, set to zero outside the support and written, 16 genes at a
+time. An interrupted run resumes at the same band.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stsr.verbs.superres.scratch import Scratch
 from stsr.verbs.superres.tiles import Canvas, Tile, needed, plan
 
 MEMORY_BYTES = 2**30
-"""What the canvases of one block of genes may take; sets how many genes go through the tiles together."""
+"""Memory for the canvases of one block of genes; sets how many genes are predicted together."""
 _TAPER_LR = 1.0  # width of the blending ramp, low-resolution pixels
 
 
@@ -35,7 +35,7 @@ def write_maps(
     Returns
     -------
     float or None
-        The consistency error; None if maps were not corrected, or no spot lies whole in them.
+        The consistency error; None if maps were not corrected, or no spot lies entirely inside them.
     """
     beside, origin = new_support(job)
     provenance = {**dict.fromkeys(job.elements, job.provenance), **origin}
@@ -49,7 +49,7 @@ def write_maps(
         frame=job.section.frame,
         beside=beside,
     ) as writer:
-        writer.keep = True  # until something other than an interruption goes wrong
+        writer.keep = True  # unless an error other than an interruption occurs
         try:
             error = MapLoop(job, writer, progress, report, interruption).run()
         except (Interrupted, KeyboardInterrupt, SystemExit):
@@ -59,13 +59,13 @@ def write_maps(
             raise
         for element in job.elements:
             writer.provenance[element]["consistency_error"] = error
-        # Nothing interrupts what is left to do, and a full disk is to be left as it was.
+        # Publishing is not interrupted; if it fails, for example on a full disk, everything is removed.
         writer.keep = False
     return error
 
 
 class MapLoop:
-    """Blocks of genes through the tiles of a job into a writer."""
+    """Predicts the tiles of a job, one block of genes after another, and writes the maps."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class MapLoop:
         self.predictor = Predictor(job)
         needs = job.requirements
         self.region = Tile.of_window(job.grid, job.region)
-        self.area = Tile.of_window(job.grid, job.area)  # what the correction of the region asks for
+        self.area = Tile.of_window(job.grid, job.area)  # what the correction of the region needs
         bands = plan(job.grid, needs.tile_lr, needs.overlap_lr, needs.lr_um)
         self.blocks = _gene_blocks(job, bands[0][0].height)
         self.bands = needed(bands, self.area)
@@ -146,7 +146,7 @@ class MapLoop:
                 canvas.add(canvas.bands[band][column], values, part)
 
     def _canvases(self, genes: int, first_band: int) -> list[Canvas]:
-        """One per element: means blend as fine bins, so that coarse maps are their exact sums; spreads cannot."""
+        """One per element. Means blend in fine bins, so that coarse maps are exact sums; spreads cannot be summed."""
         job = self.job
         ramp = int(_TAPER_LR * job.requirements.per_lr)
         canvases = [Canvas(genes, self.bands, ramp, first_band)]
@@ -168,7 +168,7 @@ class MapLoop:
             scratch.write(top - area.row, block[:, top - row : bottom - row, columns])
 
     def _finish(self, number: int, genes: slice, raw: Sequence[Scratch]) -> None:
-        """Correct whole maps, a few genes at a time, cut them to region and support, and write them."""
+        """Correct complete maps, a few genes at a time, crop them to the region, mask them, and write them."""
         job, factor = self.job, self.job.factor
         rows, columns = self.region.coarser(factor).within(self.area.coarser(factor))
         support = job.support[self.region.coarser(factor).within(Tile(0, 0, *job.support.shape))]
@@ -187,7 +187,7 @@ class MapLoop:
             self.interruption.stop()
 
     def _correct(self, genes: slice, maps: list[np.ndarray]) -> float | None:
-        """Make the first of the maps add up to the spots, in place; the spread goes with it."""
+        """Make the first of the maps add up to the spots, in place; scale the spread by the same factors."""
         correction = self.job.correction
         if correction is None:
             return None
@@ -212,12 +212,12 @@ class MapLoop:
 
 
 def _gene_blocks(job: SuperresJob, tile_height: int) -> list[slice]:
-    """Genes that go through the tiles together, as many as the memory for canvases holds.
+    """Number of genes that are predicted together: as many as fit in the memory for canvases.
 
     They follow from the whole section, also for a region: how genes are grouped can change the last bit of a value.
     """
     rows = min(tile_height, job.grid.height)
-    per_gene = rows * job.grid.width * 4 * len(job.elements) * 2  # the canvas and what it hands over
+    per_gene = rows * job.grid.width * 4 * len(job.elements) * 2  # the canvas and the rows it returns
     count = int(np.clip(MEMORY_BYTES // per_gene, CHUNKS[0], None)) // CHUNKS[0] * CHUNKS[0]
     return [slice(start, min(start + count, len(job.genes))) for start in range(0, len(job.genes), count)]
 

@@ -24,8 +24,8 @@ _GENES_AT_ONCE = 64  # per call of a method: bounds its activations
 class Predictor:
     """A job's method on the tiles of its section.
 
-    Everything that a tile shows (raster, mean counts, image, noise) is cut from the whole section, so a tile's
-    prediction does not depend on the region that was asked for.
+    All inputs of a tile (raster, mean counts, image, noise) are cut from the whole section, so a tile's prediction
+    does not depend on the requested region.
     """
 
     def __init__(self, job: SuperresJob):
@@ -52,7 +52,7 @@ class Predictor:
         Yields
         ------
         genes, maps
-            Which genes, and their expected counts (g, height, width) in the method's bins; then, where the job has
+            Which genes, and their expected counts (g, height, width) in the method's bins; then, if the job has
             samples, their spread (g, height / factor, width / factor) in output bins.
 
         Raises
@@ -84,9 +84,9 @@ class Predictor:
     def _predictions(
         self, genes: Batch, noises: list[TileNoise], features: Any, drawn: list[Any]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The expected counts (g, H, W), and the samples that they or their spread are made of."""
+        """The expected counts (g, H, W), and the samples from which they or their spread are computed."""
         method = self.job.loaded.method
-        if method.knows_mean:  # in full precision: it is what people read
+        if method.knows_mean:  # in full precision, because it is the map itself
             mean = method.mean(genes, features)
             return mean[0], [method.vary(genes, mean, one)[0] for one in drawn]
         pairs = zip(noises, drawn or [None] * len(noises), strict=True)
@@ -96,7 +96,7 @@ class Predictor:
 
 
 def _spread(draws: list[torch.Tensor], mean: torch.Tensor, factor: int) -> torch.Tensor:
-    """Standard deviation of samples (g, H, W) of output bins; around the mean, which keeps float32 exact enough."""
+    """Standard deviation of samples (g, H, W) of output bins; around the mean, so that float32 is accurate enough."""
     apart = [_added_up(draw - mean, factor) for draw in draws]
     first = reduce(torch.add, apart) / len(apart)
     squares = reduce(torch.add, [one * one for one in apart]) - len(apart) * first * first

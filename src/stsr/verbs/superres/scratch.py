@@ -1,4 +1,4 @@
-"""Blended maps of a block of genes, kept in a file until their last row is there."""
+"""Blended maps of a block of genes, kept in a file until their last row is complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Scratch:
     Parameters
     ----------
     path
-        The file; made where it is missing.
+        The file; created if it is missing.
     shape
         (genes, height, width).
 

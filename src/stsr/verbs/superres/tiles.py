@@ -33,7 +33,7 @@ class Tile:
         return cls(*grid.offset_of(window), *window.shape)
 
     def of(self, grid: Grid) -> Grid:
-        """The tile as a grid of its own."""
+        """The tile as a separate grid."""
         return grid.window(self.row, self.column, self.height, self.width)
 
     def coarser(self, factor: int) -> Tile:
@@ -55,8 +55,8 @@ class Tile:
 def plan(grid: Grid, tile_lr: int, overlap_lr: int, lr_um: float = LR_UM) -> list[list[Tile]]:
     """Tiles that cover a grid, as bands from top to bottom.
 
-    Steps are even, so the overlap is at least ``overlap_lr``. Tiles do not reach beyond the grid: what lies there is
-    neither tissue nor glass, and would shift the network's statistics.
+    Steps are even, so the overlap is at least ``overlap_lr``. Tiles do not reach beyond the grid: the filling there
+    is neither tissue nor glass, and would shift the network's statistics.
 
     Parameters
     ----------

@@ -35,12 +35,12 @@ class Superres:
     genes
         Number of genes.
     consistency_error
-        Largest relative error of a gene, ``sum |map over spot - count| / sum count``, over the spots that lie whole
-        in the map and its support; None if maps were not corrected or there is no such spot.
+        Largest relative error of a gene, ``sum |map over spot - count| / sum count``, over the spots that lie
+        entirely inside the map and its support; None if maps were not corrected or there is no such spot.
     seconds
-        Time it took.
+        Run time.
     notes
-        What the user should know.
+        Remarks for the user.
     """
 
     store: Path
@@ -77,7 +77,7 @@ def superres(
 ) -> Superres:
     """Super-resolve a section and write the maps into its store.
 
-    Maps are zero outside the section's support: where the H&E ends, outside tissue, and far from any spot. A store
+    Maps are zero outside the section's support: outside the H&E, outside tissue, and far from any spot. A store
     that has no labels ``support`` gets them with its first map.
 
     Parameters
@@ -95,7 +95,7 @@ def superres(
     method
         A method that needs no training (``bicubic``, ``bilinear``) instead of a model.
     samples
-        Draws of a diffusion model. With more than one their spread is written beside the map.
+        Samples of a diffusion model. With two or more, their spread is written too.
     steps, sampler, guidance
         How a diffusion model is sampled.
     use_lr
@@ -103,7 +103,8 @@ def superres(
     consistency
         Whether maps are corrected so that they add up to the measured counts of the spots.
     region
-        (x0, y0, x1, y1), um: write only the 100 um pixels that touch it. The map equals that part of the whole map.
+        (x0, y0, x1, y1), um: write only the 100 um pixels that touch it. The map equals the same area of the map of the
+        whole section.
     name
         Name of the element; ``superres_x{scale}`` by default.
     output
@@ -122,7 +123,7 @@ def superres(
     Raises
     ------
     UsageError
-        If the section or model cannot give what is asked for: an unknown gene, a scale that does not nest, missing
+        If the request does not fit the section or model: an unknown gene, a scale that does not nest, missing
         spots.
     StsrError
         If the section lacks what the model needs, the model is damaged, or the store cannot be written to.
@@ -171,7 +172,7 @@ def superres(
 
 
 def _check_output(section: Section, output: str | Path | None) -> None:
-    """Refuse a copy where something else is, before any work."""
+    """Refuse an output path that holds something else, before any work."""
     if output is None or Path(output).resolve() == section.path:
         return
     target = Path(output).resolve()
@@ -190,7 +191,7 @@ def _check_output(section: Section, output: str | Path | None) -> None:
 
 
 def _measured(store: Path) -> dict:
-    """What identifies a section: its elements that are no result, with their provenance and attributes."""
+    """The identity of a section: its elements that are not results, with their provenance and attributes."""
     made = catalogue.provenance(store)
     kept = [name for name in catalogue.elements(store) if not catalogue.is_result(made.get(name, {}))]
     return {name: (made.get(name), catalogue.element_attributes(store, name)) for name in kept}

@@ -200,7 +200,7 @@ def _home(key: str, classes: dict[str, type]) -> tuple[str, str]:
 
 
 def _parsed(text: str) -> Any:
-    """Parse a value: TOML, a comma-separated list, or else a plain word."""
+    """Parse a value: TOML, a comma-separated list, or else text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -230,7 +230,7 @@ def _fitting(name: str, value: Any, default: Any) -> Any:
     elif isinstance(default, float):
         right, what = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
     elif isinstance(default, str):
-        right, what = isinstance(value, str), "a word"
+        right, what = isinstance(value, str), "text"
     else:
         return value
     if not right:

@@ -1,4 +1,4 @@
-"""What one training run consists of: method, settings, data, and the random numbers of each step."""
+"""One training run: method, settings, data, and the random numbers of each step."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class TrainingJob:
         return int.from_bytes(blake2b(name, digest_size=7).digest(), "little")
 
     def autocast(self) -> torch.autocast:
-        """Half precision on CUDA, if the config asks for it."""
+        """Half precision on CUDA, if the config requests it."""
         on = self.device.type == "cuda" and self.config.bf16
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
 
@@ -104,7 +104,7 @@ def make_job(
     chosen = method_class(name)
     if not chosen.learns:
         raise UsageError(
-            f"{name} has nothing to learn; use it without training: stsr superres STORE --method {name}"
+            f"{name} has no parameters to train; use it directly: stsr superres STORE --method {name}"
         )
     extra = [] if steps is None else [f"train.steps={steps}"]
     method_config, training = resolve(chosen, read_config(config), [*settings, *extra])

@@ -50,7 +50,7 @@ class State:
     seconds: float = 0.0
 
     def save(self, path: Path) -> None:
-        """Write the state; the file appears whole or not at all."""
+        """Write the state, in one atomic step."""
         tensors = {f"best/{key}": tensor for key, tensor in self.best_weights.items()}
         for part, module in (("method", self.method), ("ema", self.ema)):
             tensors |= {f"{part}/{key}": tensor for key, tensor in module.state_dict().items()}

@@ -207,7 +207,8 @@ def simulate_rasters(
     kinds
         Names in `SPOT_KINDS`.
     seen
-        (height, width) bool: bins that can enter the section's mean counts; a low-resolution pixel enters whole or not.
+        (height, width) bool: bins that can enter the section's mean counts. A low-resolution pixel enters only if
+        all of its bins do.
     tissue
         (height, width) bool.
     lr_um

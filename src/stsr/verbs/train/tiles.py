@@ -234,7 +234,7 @@ class TrainingTiles:
                 )
 
     def _add(self, plan: Plan, image: np.ndarray, counts: SparseCounts, plain: bool) -> None:
-        """Add one section at one depth; only the plain one gives validation tiles."""
+        """Add one section at one depth; only the one with all transcripts gives validation tiles."""
         seen = plan.seen(self.requirements.per_lr)
         rasters = simulate_rasters(
             counts, plan.grid, plan.shifts, self._spots, seen, plan.tissue, self.requirements.lr_um
@@ -251,7 +251,7 @@ class TrainingTiles:
 
     @cached_property
     def _places(self) -> set[tuple]:
-        """Distinct positions, whatever the depth."""
+        """Distinct positions, regardless of depth."""
         return {(s.name, row, column) for s, _, starts in self._pools for row, column in starts.tolist()}
 
     def _draw(self, size: int, rng: np.random.Generator) -> list[tuple[int, tuple[int, int]]]:
