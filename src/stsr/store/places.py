@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import LR_UM, Grid, add_up
-from stsr.store import discovery, names
+from stsr.store import names
 from stsr.store.parts import Cells, Map, Spots
 from stsr.store.section import Section
 
@@ -350,10 +350,8 @@ def cells_in(section: Section, name: str, region: Region | None = None) -> CellP
     cells = cells_of(section, name)
     if section.elements[cells.element] != "shapes":
         raise UsageError(f"the table {name!r} annotates no shapes of {section.path.name}; name one of cells")
-    geometry, rows = discovery.annotated(section.sdata, cells.element, name)
-    frame = section.frame
-    to_um = discovery.affine(section.sdata.shapes[cells.element], frame.name, frame.um_per_unit)
-    centres = Cells(discovery.in_um(geometry, to_um), None).centres_um
+    geometry, rows = section.annotated(cells.element, name)
+    centres = Cells(geometry).centres_um
     x0, y0, x1, y1 = region or (-np.inf, -np.inf, np.inf, np.inf)
     inside = np.flatnonzero((centres >= [x0, y0]).all(1) & (centres < [x1, y1]).all(1))
     if len(inside) < LEAST_PLACES:

@@ -17,13 +17,12 @@ from stsr.geometry.grid import LR_UM, Grid
 from stsr.progress import Progress
 from stsr.store import catalogue, names
 from stsr.store.parts import Cells, Map
+from stsr.store.places import Region
 from stsr.store.section import Section
 from stsr.verbs.singlecell.areas import shares
 from stsr.verbs.singlecell.nuclei import DOUBTFUL_UM_PER_PX, find_nuclei
 from stsr.verbs.singlecell.scores import Measured, measured_counts
 from stsr.verbs.singlecell.segmentation import imported, stored
-
-Region = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
