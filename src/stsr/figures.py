@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -193,21 +193,6 @@ def rings_of(polygons: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
 # --------------------------------------------------------------------------------------------------- panels
 
 
-class Panel(Protocol):
-    """One column of a figure."""
-
-    title: str
-    least: float
-    """The top of the colour scale is at least this, counts per 100 um^2."""
-    sets_scale: bool
-
-    def values(self, gene: str) -> np.ndarray:
-        """Densities to draw."""
-
-    def draw(self, axis: Axes, values: np.ndarray, scale: Normalize) -> Any:
-        """Draw them; returns what a colour bar needs, or None."""
-
-
 class Histology:
     """The H&E in pixels of ``step_um``, by default its own but at most `MAX_PX` a side; it has no colour scale."""
 
@@ -219,7 +204,7 @@ class Histology:
         assert section.image is not None
         if step_um is None:
             step_um = max(section.image.um_per_px, max(grid.shape) * grid.bin_um / MAX_PX)
-        fine = pixels_over(grid.bounds_um, step_um)
+        fine = Grid.over(grid.bounds_um, step_um)
         self._rgb, self._extent = np.moveaxis(section.image.read(fine), 0, -1), extent(fine)
 
     def values(self, gene: str) -> np.ndarray:
@@ -302,8 +287,15 @@ class _MapPanel:
         )
 
 
-def _panels(section: Section, shown: Map, element: str, truth: bool) -> list[Panel]:
-    panels: list[Panel] = []
+_Panel = Histology | _SpotPanel | _MapPanel
+"""One column: ``values`` gives the densities of a gene, ``draw`` draws them and returns what a colour bar needs.
+
+The top of the colour scale is at least ``least``, counts per 100 um^2.
+"""
+
+
+def _panels(section: Section, shown: Map, element: str, truth: bool) -> list[_Panel]:
+    panels: list[_Panel] = []
     if section.image is not None:
         panels.append(Histology(section, shown.grid))
     if section.spots is not None:
@@ -321,7 +313,7 @@ def _panels(section: Section, shown: Map, element: str, truth: bool) -> list[Pan
 # -------------------------------------------------------------------------------------------------- drawing
 
 
-def _draw_row(axes: np.ndarray, panels: Sequence[Panel], gene: str, grid: Grid) -> None:
+def _draw_row(axes: np.ndarray, panels: Sequence[_Panel], gene: str, grid: Grid) -> None:
     from matplotlib.colors import Normalize
 
     values = [panel.values(gene) for panel in panels]
@@ -332,12 +324,6 @@ def _draw_row(axes: np.ndarray, panels: Sequence[Panel], gene: str, grid: Grid) 
         frame(axis, grid)
     scale_bar(axes[0], grid)
     colour_bar(axes[-1], next(item for item in reversed(drawn) if item is not None))
-
-
-def pixels_over(bounds_um: Sequence[float], step_um: float) -> Grid:
-    """Pixels over (x0, y0, x1, y1)."""
-    x0, y0, x1, y1 = bounds_um
-    return Grid(x0, y0, step_um, max(1, round((y1 - y0) / step_um)), max(1, round((x1 - x0) / step_um)))
 
 
 def scale_top(values: Sequence[np.ndarray], least: float) -> float:

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import LR_UM, Grid, add_up
-from stsr.store import names
+from stsr.store import discovery, names
 from stsr.store.parts import Cells, Map, Spots
 from stsr.store.section import Section
 
@@ -33,7 +33,6 @@ _LEAST_BINS = 32
 _CELLS_AT_ONCE = 8192
 _CELLS = re.compile(r"^cells_x(\d+(?:\.\d+)?)$")
 _CELLS_TABLE = names.table_name(names.CELLS)
-_SPREAD_LAYER = "sd"
 
 
 class BinPlaces:
@@ -243,6 +242,9 @@ class CellPlaces:
         return (self._gather @ values.T).T.reshape(-1, *self.grid.shape)
 
 
+Places = BinPlaces | CellPlaces
+
+
 class SpotPlaces:
     """Spots whose centres lie in an area: ``inside`` is (spots,) bool."""
 
@@ -321,9 +323,8 @@ def cells_of(section: Section, name: str) -> CellPlaces:
         there = ", ".join(_tables(section)) or "no tables; make one with stsr singlecell"
         raise UsageError(f"{section.path.name} has no table {name!r}; it has: {there}")
     table = section.sdata.tables[name]
-    attributes = table.uns.get("spatialdata_attrs") or {}
-    (element, *others) = np.atleast_1d(attributes.get("region") or "").tolist()
-    if others or section.elements.get(element) not in ("shapes", "labels"):
+    regions = discovery.regions(table)
+    if len(regions) != 1 or section.elements.get(regions[0]) not in ("shapes", "labels"):
         raise UsageError(
             f"{name!r} does not annotate one element with cells; choose another table with --from"
         )
@@ -331,9 +332,9 @@ def cells_of(section: Section, name: str) -> CellPlaces:
         name=name,
         genes=[str(gene) for gene in table.var_names],
         values=table.X,
-        spread=table.layers.get(_SPREAD_LAYER),
-        element=element,
-        ids=table.obs[attributes["instance_key"]].to_numpy(),
+        spread=table.layers.get(names.SPREAD_LAYER),
+        element=regions[0],
+        ids=table.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy(),
         obs_names=table.obs_names.to_numpy(),
         centres_um=table.obsm.get("spatial"),
     )
@@ -360,7 +361,7 @@ def cells_in(section: Section, name: str, region: Region | None = None) -> CellP
     return replace(cells.take(np.asarray(rows)[inside]), ids=ids, centres_um=centres[inside])
 
 
-def spots_of(section: Section, places: BinPlaces | CellPlaces) -> SpotPlaces | None:
+def spots_of(section: Section, places: Places) -> SpotPlaces | None:
     """The spots in the area of the places; None where fewer than ten are."""
     if section.spots is None:
         return None

@@ -15,13 +15,7 @@ MIN_COUNTS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class CelltypeJob:
-    """The values of one run; see `stsr.celltype` for what they mean.
-
-    Raises
-    ------
-    UsageError
-        If a value is out of range, or two of them contradict each other.
-    """
+    """Fields are parameters of `stsr.celltype`. UsageError if one is out of range or two contradict each other."""
 
     markers: str | Path | None = None
     reference: str | Path | None = None

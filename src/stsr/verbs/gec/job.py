@@ -15,13 +15,7 @@ TOP = 100
 
 @dataclass(frozen=True, kw_only=True)
 class GecJob:
-    """The values of one run; see `stsr.gec` for what they mean.
-
-    Raises
-    ------
-    UsageError
-        If a value is out of range, or two of them contradict each other.
-    """
+    """Fields are parameters of `stsr.gec`. UsageError if one is out of range or two contradict each other."""
 
     source: str | None = None
     per: str = "bin"

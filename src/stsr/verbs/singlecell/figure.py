@@ -68,7 +68,7 @@ def cells_figure(
     path = figures.check_path(path)
     table, cells = section.sdata.tables[element], segmentation.of_table(section, element)
     x0, y0, x1, y1 = region_um or shapely.total_bounds(cells.polygons)
-    view = figures.pixels_over((x0, y0, x1, y1), max(x1 - x0, y1 - y0) / figures.MAX_PX)
+    view = Grid.over((x0, y0, x1, y1), max(x1 - x0, y1 - y0) / figures.MAX_PX)
     shown = shapely.intersects(cells.polygons, shapely.box(*view.bounds_um))
     if not shown.any():
         raise UsageError("no cell lies in --figure-region; choose another area")

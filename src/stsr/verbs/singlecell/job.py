@@ -27,7 +27,7 @@ from stsr.verbs.singlecell.segmentation import imported, stored
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asked for; see `singlecell`."""
+    """Fields are parameters of `stsr.singlecell`."""
 
     source: str | None
     genes: Sequence[str] | None
@@ -78,7 +78,7 @@ def make_job(section: Section, request: Request, progress: Progress) -> Job:
     source = _source(section, request.source)
     bins = section.map(source)
     genes = _genes(request, bins.genes, source)
-    element = names.check_name(request.name or names.cells_name(LR_UM / bins.grid.bin_um))
+    element = names.check_name(request.name or names.result_name("cells", LR_UM / bins.grid.bin_um))
     is_new = request.segmentation is not None or request.segment
     if sum([request.cells is not None, request.segmentation is not None, request.segment]) > 1:
         raise UsageError("--cells, --segmentation and --segment exclude each other; give only one of them")
