@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,7 +37,8 @@ DPI = 200
 _MIN_DENSITY = 0.05  # smallest top of a scale: 5 counts in a low-resolution pixel of 100 um ...
 _MIN_SPOT_COUNTS = 4  # ... and this many counts in a spot
 _TOP_QUANTILE = 0.995
-_MAX_PX = 1200  # along a side of a panel; smaller bins are summed before they are drawn
+MAX_PX = 1200
+"""Along a side of a panel; smaller bins are summed before they are drawn."""
 _PANEL_INCHES = 2.7
 
 
@@ -136,10 +137,21 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def canvas(rows: int, columns: int, grid: Grid) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes (rows, columns), with panels of the grid's proportions."""
-    tall = _PANEL_INCHES * float(np.clip(grid.height / grid.width, 0.4, 2.5))
-    figure = new_figure(_PANEL_INCHES * columns + 0.9, tall * rows + 0.5)
+def canvas(
+    rows: int,
+    columns: int,
+    grid: Grid,
+    *,
+    inches: float = _PANEL_INCHES,
+    beside: float = 0.9,
+    above: float = 0.5,
+) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes (rows, columns), with panels of the grid's proportions.
+
+    Panels are ``inches`` wide; ``beside`` and ``above`` are inches for a colour bar or legend, and for titles.
+    """
+    tall = inches * float(np.clip(grid.height / grid.width, 0.4, 2.5))
+    figure = new_figure(inches * columns + beside, tall * rows + above)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -181,42 +193,28 @@ def rings_of(polygons: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
 # --------------------------------------------------------------------------------------------------- panels
 
 
-class Panel(Protocol):
-    """One column of a figure."""
-
-    title: str
-    least: float
-    """The top of the colour scale is at least this, counts per 100 um^2."""
-    sets_scale: bool
-
-    def values(self, gene: str) -> np.ndarray:
-        """Densities to draw."""
-
-    def draw(self, axis: Axes, values: np.ndarray, scale: Normalize) -> Any:
-        """Draw the values; returns the artist for a colour bar, or None."""
-
-
 class Histology:
-    """The H&E; it has no colour scale."""
+    """The H&E in pixels of ``step_um``, by default its own but at most `MAX_PX` a side; it has no colour scale."""
 
     title = "H&E"
     least = 0.0
     sets_scale = False
 
-    def __init__(self, section: Section, grid: Grid):
+    def __init__(self, section: Section, grid: Grid, step_um: float | None = None):
         assert section.image is not None
-        step_um = max(section.image.um_per_px, max(grid.height, grid.width) * grid.bin_um / _MAX_PX)
-        x0, y0, x1, y1 = grid.bounds_um
-        fine = Grid(x0, y0, step_um, max(1, round((y1 - y0) / step_um)), max(1, round((x1 - x0) / step_um)))
-        self._rgb, self.extent = np.moveaxis(section.image.read(fine), 0, -1), extent(fine)
+        if step_um is None:
+            step_um = max(section.image.um_per_px, max(grid.shape) * grid.bin_um / MAX_PX)
+        fine = Grid.over(grid.bounds_um, step_um)
+        self._rgb, self._extent = np.moveaxis(section.image.read(fine), 0, -1), extent(fine)
 
     def values(self, gene: str) -> np.ndarray:
         """No values: the H&E is the same for every gene."""
         return np.zeros(0)
 
-    def draw(self, axis: Axes, values: Any = None, scale: Any = None) -> None:
-        """Draw the image."""
-        axis.imshow(self._rgb, extent=self.extent, interpolation="antialiased")
+    def draw(self, axis: Axes, values: Any = None, scale: Any = None, *, pale: bool = False) -> None:
+        """Draw the image, or a pale copy of it to draw cells on."""
+        rgb = self._rgb // 2 + 127 if pale else self._rgb
+        axis.imshow(rgb, extent=self._extent, interpolation="antialiased")
 
 
 class _SpotPanel:
@@ -266,7 +264,7 @@ class _MapPanel:
 
     def __init__(self, shown: Map, title: str, sets_scale: bool = True):
         self._map, self.sets_scale = shown, sets_scale
-        self._factor = max(1, -(-max(shown.grid.shape) // _MAX_PX))
+        self._factor = max(1, -(-max(shown.grid.shape) // MAX_PX))
         self.title = title
 
     def values(self, gene: str) -> np.ndarray:
@@ -289,8 +287,15 @@ class _MapPanel:
         )
 
 
-def _panels(section: Section, shown: Map, element: str, truth: bool) -> list[Panel]:
-    panels: list[Panel] = []
+_Panel = Histology | _SpotPanel | _MapPanel
+"""One column: ``values`` gives the densities of a gene, ``draw`` draws them and returns what a colour bar needs.
+
+The top of the colour scale is at least ``least``, counts per 100 um^2.
+"""
+
+
+def _panels(section: Section, shown: Map, element: str, truth: bool) -> list[_Panel]:
+    panels: list[_Panel] = []
     if section.image is not None:
         panels.append(Histology(section, shown.grid))
     if section.spots is not None:
@@ -308,7 +313,7 @@ def _panels(section: Section, shown: Map, element: str, truth: bool) -> list[Pan
 # -------------------------------------------------------------------------------------------------- drawing
 
 
-def _draw_row(axes: np.ndarray, panels: Sequence[Panel], gene: str, grid: Grid) -> None:
+def _draw_row(axes: np.ndarray, panels: Sequence[_Panel], gene: str, grid: Grid) -> None:
     from matplotlib.colors import Normalize
 
     values = [panel.values(gene) for panel in panels]

@@ -203,12 +203,13 @@ def test_map_in_a_pixel_store_lies_on_the_tissue(tmp_path):
     grid = section.grid(10.0)
     reach = section.spots.size_um / 2
     assert np.all(um - reach >= [grid.bounds_um[:2]]) and np.all(um + reach <= [grid.bounds_um[2:]])
-    with MapWriter(section.path, ["superres_x10"], ["G0"], grid) as writer:
-        assert writer.shape == (1, *grid.shape)
+    with MapWriter(section.path, ["superres_x10"], ["G0"], grid):
+        pass
     again = open_section(section.path)
     image = again.sdata.images["superres_x10"]
     matrix = get_transformation(discovery.finest(image), "slide").to_affine_matrix(("x", "y"), ("x", "y"))
     assert np.allclose(matrix @ [0, 0, 1], [grid.x0_um / UM_PER_PX, grid.y0_um / UM_PER_PX, 1])
+    assert again.map("superres_x10").read().shape == (1, *grid.shape)
     got = again.map("superres_x10").grid
     assert got.bin_um == 10.0 and np.allclose(got.bounds_um, grid.bounds_um)
 

@@ -85,8 +85,8 @@ def nothing_beside(path) -> bool:
 
 def test_names_round_trip():
     assert names.hr_name(10) == "hr_10um" and names.bin_um_of("hr_10um") == 10
-    assert names.superres_name(10) == "superres_x10" and names.bin_um_of("superres_x10_sd") == 10
-    assert names.bin_um_of(names.superres_name(5)) == 20 and names.bin_um_of("he") is None
+    assert names.result_name("superres", 10) == "superres_x10" and names.bin_um_of("superres_x10_sd") == 10
+    assert names.bin_um_of(names.result_name("superres", 5)) == 20 and names.bin_um_of("he") is None
     with pytest.raises(UsageError, match="--name"):
         names.check_name("HR_10um")
 

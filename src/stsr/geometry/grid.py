@@ -66,6 +66,12 @@ class Grid:
         rows = max(1, int(np.ceil((y1 - y0) / lr_um - _SNAP)))
         return cls(float(x0), float(y0), float(bin_um), rows * per_lr, columns * per_lr)
 
+    @classmethod
+    def over(cls, bounds_um: tuple[float, float, float, float], bin_um: float) -> Grid:
+        """Bins of any size over ``(x0, y0, x1, y1)``, from its corner (x0, y0) to the nearest whole bin."""
+        x0, y0, x1, y1 = bounds_um
+        return cls(x0, y0, bin_um, max(1, round((y1 - y0) / bin_um)), max(1, round((x1 - x0) / bin_um)))
+
     @property
     def shape(self) -> tuple[int, int]:
         """(height, width) in bins."""

@@ -97,12 +97,10 @@ class Catalogue:
                 there = ", ".join(self.elements) or "nothing"
                 raise StsrError(f"{self.path.name} has no element {element!r}; it has: {there}")
             group = self.path / kind / element
-            is_v2 = (group / ".zgroup").is_file()
-            self._attributes_read[element] = (
-                load_json(group / ".zattrs")
-                if is_v2
-                else load_json(group / "zarr.json").get("attributes", {})
-            )
+            if zarr_format(group) == 2:
+                self._attributes_read[element] = load_json(group / ".zattrs")
+            else:
+                self._attributes_read[element] = load_json(group / "zarr.json").get("attributes", {})
         return self._attributes_read[element]
 
     def levels_of(self, element: str) -> tuple[list[str], list[str]]:
@@ -186,21 +184,6 @@ def zarr_format(path: str | Path) -> int:
 def elements(path: str | Path) -> dict[str, str]:
     """Elements of a store as {name: kind}; see `Catalogue.elements`."""
     return Catalogue(Path(path)).elements
-
-
-def root_attributes(path: str | Path) -> dict[str, Any]:
-    """Attributes of the store's root group."""
-    return Catalogue(Path(path)).attributes
-
-
-def element_attributes(path: str | Path, element: str) -> dict[str, Any]:
-    """Attributes of an element's zarr group; see `Catalogue.attributes_of`."""
-    return Catalogue(Path(path)).attributes_of(element)
-
-
-def image_metadata(path: str | Path, element: str) -> tuple[list[str], list[str]]:
-    """Array folders and channel names of an image or labels element; see `Catalogue.levels_of`."""
-    return Catalogue(Path(path)).levels_of(element)
 
 
 def provenance(path: str | Path) -> dict[str, dict[str, Any]]:

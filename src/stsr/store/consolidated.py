@@ -79,7 +79,7 @@ def edit_consolidated(
             key: merged[key] for key in sorted(merged, key=lambda key: (key.count("/"), key))
         }
         if catalogue.zarr_format(store) == 2:
-            holder["metadata"][".zattrs"] = catalogue.root_attributes(store)
+            holder["metadata"][".zattrs"] = catalogue.Catalogue(store).attributes
     if also is not None:
         also(whole.setdefault("attributes", {}))
     if metadata is not None or also is not None:
@@ -93,7 +93,7 @@ def edit_root(store: Path, scratch: Path, edit: Callable[[dict[str, Any]], None]
         edit(whole.setdefault("attributes", {}))
         write_json(store / "zarr.json", whole, scratch)
         return
-    attributes = catalogue.root_attributes(store)
+    attributes = catalogue.Catalogue(store).attributes
     edit(attributes)
     write_json(store / ".zattrs", attributes, scratch)
     edit_consolidated(store, scratch)
@@ -106,12 +106,11 @@ def list_labels(store: Path, scratch: Path) -> None:
     whole = catalogue.load_json(file)
     attributes = whole if file.name == ".zattrs" else whole.get("attributes", {})
     holder = attributes.get("ome", attributes)
-    present = (
-        sorted(child.name for child in group.iterdir() if child.is_dir()) if "labels" in holder else None
-    )
-    if present is not None and holder["labels"] != present:
-        holder["labels"] = present
-        write_json(file, whole, scratch)
+    if "labels" in holder:
+        present = sorted(child.name for child in group.iterdir() if child.is_dir())
+        if holder["labels"] != present:
+            holder["labels"] = present
+            write_json(file, whole, scratch)
 
 
 def write_json(path: Path, content: dict[str, Any], scratch: Path) -> None:

@@ -17,6 +17,7 @@ from stsr.geometry.lattice import (
     lattice_um,
     median_pitch,
 )
+from stsr.histology.image import um_per_px_of
 from stsr.store import catalogue, names
 from stsr.store.elements import Frame
 
@@ -47,15 +48,13 @@ def find_frame(sdata: SpatialData, system: str | None = None, um_per_unit: float
     """
     system = system or _main_system(sdata)
     if um_per_unit is None:
-        for guess in (_um_from_maps, _um_from_xenium, _um_from_hd, _um_from_lattice):
-            um_per_unit = guess(sdata, system)
-            if um_per_unit:
-                break
-        else:
-            raise StsrError(
-                "the store does not record the size of its coordinate units in um; "
-                "give it: stsr prepare STORE --um-per-px VALUE"
-            )
+        guesses = (_um_from_maps, _um_from_xenium, _um_from_hd, _um_from_lattice)
+        um_per_unit = next(filter(None, (guess(sdata, system) for guess in guesses)), None)
+    if um_per_unit is None:
+        raise StsrError(
+            "the store does not record the size of its coordinate units in um; "
+            "give it: stsr prepare STORE --um-per-px VALUE"
+        )
     return Frame(system, float(um_per_unit))
 
 
@@ -141,9 +140,8 @@ def annotated(sdata: SpatialData, shapes: str, table: str) -> tuple[GeoDataFrame
     if not mine.any():  # the table annotates a sister element, such as circles of the same cells
         mine = np.ones(len(region), dtype=bool)
     place = geometry.index.get_indexer(instances)
-    if (
-        place[mine] < 0
-    ).all() and geometry.index.dtype != instances.dtype:  # numbers in one, text in the other
+    if (place[mine] < 0).all() and geometry.index.dtype != instances.dtype:
+        # Numbers in one, text in the other.
         place = geometry.index.astype(str).get_indexer(instances.astype(str))
     rows = np.flatnonzero(mine & (place >= 0))
     if not len(rows):
@@ -153,9 +151,15 @@ def annotated(sdata: SpatialData, shapes: str, table: str) -> tuple[GeoDataFrame
     return geometry.iloc[place[rows]], rows
 
 
+def regions(table: AnnData) -> list[str]:
+    """Elements that a table annotates."""
+    found = table.uns.get("spatialdata_attrs", {}).get("region")
+    return [str(element) for element in np.atleast_1d([] if found is None else found)]
+
+
 def outline(geometry: GeoDataFrame, to_um: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
     """Centres (n, 2) and sizes (n,), um, of circles or squares, and ``"disc"`` or ``"square"``."""
-    scale = np.sqrt(abs(np.linalg.det(to_um[:2, :2])))
+    scale = um_per_px_of(to_um)
     centroid = geometry.geometry.centroid
     centres = np.stack([centroid.x.to_numpy(), centroid.y.to_numpy(), np.ones(len(geometry))], axis=1)
     centres = (centres @ to_um.T)[:, :2]
@@ -170,7 +174,7 @@ def in_um(geometry: GeoDataFrame, to_um: np.ndarray) -> GeoDataFrame:
     moved = geometry.copy()
     moved.geometry = geometry.geometry.affine_transform([a, b, d, e, x, y])
     if "radius" in moved:
-        moved["radius"] = moved["radius"] * np.sqrt(abs(np.linalg.det(to_um[:2, :2])))
+        moved["radius"] = moved["radius"] * um_per_px_of(to_um)
     moved.attrs = {}  # the transformation it held no longer applies
     return moved
 
@@ -213,15 +217,12 @@ def _main_system(sdata: SpatialData) -> str:
 
     votes: dict[str, int] = {}
     found = find_spots(sdata)
-    chosen = (
-        [sdata.shapes[found[0]]] if found else [element for _, _, element in sdata.gen_spatial_elements()]
-    )
+    everything = (element for _, _, element in sdata.gen_spatial_elements())
+    chosen = [sdata.shapes[found[0]]] if found else everything
     for element in chosen:
         for system in get_transformation(element, get_all=True):
             votes[system] = votes.get(system, 0) + 1
-    if not votes:
-        return "global"
-    if "global" in votes:
+    if not votes or "global" in votes:
         return "global"
     # spatialdata_io.visium adds "<dataset>_downscaled_hires" and the like; the plain name is the full resolution
     return min(votes, key=lambda system: ("_downscaled_" in system, -votes[system], len(system)))
@@ -231,25 +232,20 @@ def _um_from_maps(sdata: SpatialData, system: str) -> float | None:
     for name, element in sdata.images.items():
         bin_um = names.bin_um_of(name)
         if bin_um and _lies_in(element, system):
-            return bin_um / np.sqrt(abs(np.linalg.det(affine(element, system)[:2, :2])))
+            return bin_um / um_per_px_of(affine(element, system))
     return None
 
 
 def _um_from_xenium(sdata: SpatialData, system: str) -> float | None:
     """In stores by spatialdata_io.xenium, points and shapes are in um and the coordinate system is in pixels."""
-    is_xenium = (
-        "cell_circles" in sdata.shapes or "transcripts" in sdata.points or "cell_boundaries" in sdata.shapes
-    )
-    if not is_xenium:
-        return None
     known = (sdata.points, "transcripts"), (sdata.shapes, "cell_circles"), (sdata.shapes, "cell_boundaries")
     for container, name in known:
         if name in container and _lies_in(container[name], system):
-            return 1 / np.sqrt(abs(np.linalg.det(affine(container[name], system)[:2, :2])))
+            return 1 / um_per_px_of(affine(container[name], system))
     return None
 
 
-def _um_from_hd(sdata, system: str) -> float | None:
+def _um_from_hd(sdata: SpatialData, system: str) -> float | None:
     found = find_spots(sdata)
     bin_um = _hd_bin_um(found[0]) if found else None
     if found is None or not bin_um or not _lies_in(sdata.shapes[found[0]], system):
@@ -258,7 +254,7 @@ def _um_from_hd(sdata, system: str) -> float | None:
     return bin_um / pitch if pitch else None
 
 
-def _um_from_lattice(sdata, system: str) -> float | None:
+def _um_from_lattice(sdata: SpatialData, system: str) -> float | None:
     found = find_spots(sdata)
     if found is None or not _lies_in(sdata.shapes[found[0]], system):
         return None
@@ -281,9 +277,7 @@ def _annotations(sdata: SpatialData) -> list[tuple[str, str]]:
     for name, table in sdata.tables.items():
         if catalogue.is_result(made.get(name, {})):
             continue  # derived from measured elements, not measured itself
-        regions = table.uns.get("spatialdata_attrs", {}).get("region") or []
-        regions = [regions] if isinstance(regions, str) else list(regions)
-        pairs += [(str(region), name) for region in regions]
+        pairs += [(region, name) for region in regions(table)]
     # Tables named after the element come first.
     return sorted(pairs, key=lambda pair: (pair[1] != names.table_name(pair[0]), pair))
 

@@ -21,6 +21,8 @@ MEASURED = "measured"
 """``origin`` in the provenance of elements measured by an instrument; they are never replaced."""
 RESULTS = ("predicted", "derived")
 """``origin`` of maps predicted by a method, and of results derived from a section's elements."""
+SPREAD_LAYER = "sd"
+"""Layer of a table of cells with the standard deviation of each count over samples of the model."""
 _HR = re.compile(r"^hr_(\d+(?:\.\d+)?)um$")
 _SUPERRES = re.compile(r"^superres_x(\d+(?:\.\d+)?)$")
 _SPREAD = "_sd"
@@ -39,24 +41,12 @@ def hr_name(bin_um: float) -> str:
     return f"hr_{bin_um:g}um"
 
 
-def superres_name(scale: float) -> str:
-    """Name of a super-resolved map: 10 -> ``superres_x10`` (bins of 100 um / 10)."""
-    return f"superres_x{scale:g}"
+def result_name(kind: str, scale: float) -> str:
+    """Default name of a result: ``superres``, 10 -> ``superres_x10`` (from bins of 100 um / 10).
 
-
-def celltype_name(scale: float) -> str:
-    """Name of a cell type map: 10 -> ``celltype_x10``."""
-    return f"celltype_x{scale:g}"
-
-
-def gec_name(scale: float) -> str:
-    """Name of a gene expression correlation table: 10 -> ``gec_x10``."""
-    return f"gec_x{scale:g}"
-
-
-def cells_name(scale: float) -> str:
-    """Name of a cells x genes table: 10 -> ``cells_x10``."""
-    return f"cells_x{scale:g}"
+    Kinds are ``superres`` (map), ``cells`` (cells x genes), ``celltype`` and ``gec`` (gene expression correlation).
+    """
+    return f"{kind}_x{scale:g}"
 
 
 def spread_name(element: str) -> str:

@@ -33,7 +33,6 @@ _LEAST_BINS = 32
 _CELLS_AT_ONCE = 8192
 _CELLS = re.compile(r"^cells_x(\d+(?:\.\d+)?)$")
 _CELLS_TABLE = names.table_name(names.CELLS)
-_SPREAD_LAYER = "sd"
 
 
 class BinPlaces:
@@ -243,6 +242,9 @@ class CellPlaces:
         return (self._gather @ values.T).T.reshape(-1, *self.grid.shape)
 
 
+Places = BinPlaces | CellPlaces
+
+
 class SpotPlaces:
     """Spots whose centres lie in an area: ``inside`` is (spots,) bool."""
 
@@ -324,9 +326,8 @@ def cells_of(section: Section, name: str) -> CellPlaces:
         there = ", ".join(_tables(section)) or "no tables; make one with stsr singlecell"
         raise UsageError(f"{section.path.name} has no table {name!r}; it has: {there}")
     table = section.sdata.tables[name]
-    attributes = table.uns.get("spatialdata_attrs") or {}
-    (element, *others) = np.atleast_1d(attributes.get("region") or "").tolist()
-    if others or section.elements.get(element) not in ("shapes", "labels"):
+    regions = discovery.regions(table)
+    if len(regions) != 1 or section.elements.get(regions[0]) not in ("shapes", "labels"):
         raise UsageError(
             f"{name!r} does not annotate one element with cells; choose another table with --from"
         )
@@ -334,9 +335,9 @@ def cells_of(section: Section, name: str) -> CellPlaces:
         name=name,
         genes=[str(gene) for gene in table.var_names],
         values=table.X,
-        spread=table.layers.get(_SPREAD_LAYER),
-        element=element,
-        ids=table.obs[attributes["instance_key"]].to_numpy(),
+        spread=table.layers.get(names.SPREAD_LAYER),
+        element=regions[0],
+        ids=table.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy(),
         obs_names=table.obs_names.to_numpy(),
         centres_um=table.obsm.get("spatial"),
     )
@@ -353,10 +354,8 @@ def cells_in(section: Section, name: str, region: Region | None = None) -> CellP
     cells = cells_of(section, name)
     if section.elements[cells.element] != "shapes":
         raise UsageError(f"the table {name!r} annotates no shapes of {section.path.name}; name one of cells")
-    geometry, rows = discovery.annotated(section.sdata, cells.element, name)
-    frame = section.frame
-    to_um = discovery.affine(section.sdata.shapes[cells.element], frame.name, frame.um_per_unit)
-    centres = Cells(discovery.in_um(geometry, to_um), None).centres_um
+    geometry, rows = section.annotated(cells.element, name)
+    centres = Cells(geometry).centres_um
     x0, y0, x1, y1 = region or (-np.inf, -np.inf, np.inf, np.inf)
     inside = np.flatnonzero((centres >= [x0, y0]).all(1) & (centres < [x1, y1]).all(1))
     if len(inside) < LEAST_PLACES:
@@ -365,7 +364,7 @@ def cells_in(section: Section, name: str, region: Region | None = None) -> CellP
     return replace(cells.take(np.asarray(rows)[inside]), ids=ids, centres_um=centres[inside])
 
 
-def spots_of(section: Section, places: BinPlaces | CellPlaces) -> SpotPlaces | None:
+def spots_of(section: Section, places: Places) -> SpotPlaces | None:
     """The spots in the area of the places; None where fewer than ten are."""
     if section.spots is None:
         return None

@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,10 +41,13 @@ from stsr.store.consolidated import (
 from stsr.store.threads import own_threads
 from stsr.store.workspace import JOURNAL, Workspace, exchange, locked, move, remove_path
 
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
 
 def create(
-    path,
-    sdata,
+    path: str | Path,
+    sdata: SpatialData,
     provenance: dict[str, dict],
     overwrite: bool = False,
     um_per_unit: float = 1.0,
@@ -56,7 +60,7 @@ def create(
     path
         Path of the new store.
     sdata
-        A `spatialdata.SpatialData`, in memory or lazy (it may read from a store at ``path`` itself).
+        In memory or lazy (it may read from a store at ``path`` itself).
     provenance
         {element: {...}}: how each element was made. Elements without ``origin`` count as measured.
     overwrite
@@ -101,7 +105,9 @@ def create(
     return Path(path)
 
 
-def publish(path, elements: dict, provenance: dict[str, dict], overwrite: bool = False) -> None:
+def publish(
+    path: str | Path, elements: dict[str, Any], provenance: dict[str, dict], overwrite: bool = False
+) -> None:
     """Write elements into an existing store, all of them or none.
 
     Parameters
@@ -131,7 +137,7 @@ def publish(path, elements: dict, provenance: dict[str, dict], overwrite: bool =
         swap(store, work, provenance, overwrite)
 
 
-def write_elements(path: Path, elements: dict, zarr_format: int) -> None:
+def write_elements(path: Path, elements: dict[str, Any], zarr_format: int) -> None:
     """Write elements as a separate store, in the container format of the zarr version."""
     from spatialdata import SpatialData
 
@@ -149,11 +155,7 @@ def container(zarr_format: int) -> dict:
 
 
 def swap(
-    store: Path,
-    work: Workspace,
-    provenance: dict[str, dict],
-    overwrite: bool,
-    optional: Collection[str] = (),
+    store: Path, work: Workspace, provenance: dict[str, dict], overwrite: bool, optional: Collection[str] = ()
 ) -> None:
     """Publish every element of the workspace's store into the store.
 

@@ -19,6 +19,7 @@ from stsr.store.discovery import Frame
 from stsr.store.parts import Cells, Map, Mask, Spots
 
 if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
 
@@ -187,9 +188,7 @@ class Section:
     @cached_property
     def tissue(self) -> Mask | None:
         """The tissue mask; None if there is none."""
-        if self.elements.get(names.TISSUE) != "labels":
-            return None
-        return Mask(self.arrays("labels", names.TISSUE)[0], self.to_um(self.sdata.labels[names.TISSUE]))
+        return self._mask(names.TISSUE)
 
     def support(self, grid: Grid) -> np.ndarray:
         """Bins where a map may be believed: (height, width) bool.
@@ -219,10 +218,12 @@ class Section:
 
     @cached_property
     def _stored_support(self) -> Mask | None:
-        if self.elements.get(names.SUPPORT) != "labels":
+        return self._mask(names.SUPPORT)
+
+    def _mask(self, name: str) -> Mask | None:
+        if self.elements.get(name) != "labels":
             return None
-        to_um = discovery.affine(self.sdata.labels[names.SUPPORT], self.frame.name, self.frame.um_per_unit)
-        return Mask(self.arrays("labels", names.SUPPORT)[0], to_um)
+        return Mask(self.arrays("labels", name)[0], self.to_um(self.sdata.labels[name]))
 
     @cached_property
     def cells(self) -> Cells | None:
@@ -231,12 +232,17 @@ class Section:
         if found is None:
             return None
         shapes, table = found
-        to_um = self.to_um(self.sdata.shapes[shapes])
         source = f"{shapes} of the store"
         if table is None:
-            return Cells(discovery.in_um(self.sdata.shapes[shapes], to_um), None, source, shapes)
+            geometry = self.sdata.shapes[shapes]
+            return Cells(discovery.in_um(geometry, self.to_um(geometry)), None, source, shapes)
+        outlines, rows = self.annotated(shapes, table)
+        return Cells(outlines, self.sdata.tables[table][rows], source, shapes)
+
+    def annotated(self, shapes: str, table: str) -> tuple[GeoDataFrame, np.ndarray]:
+        """`stsr.store.discovery.annotated` with the shapes in um."""
         geometry, rows = discovery.annotated(self.sdata, shapes, table)
-        return Cells(discovery.in_um(geometry, to_um), self.sdata.tables[table][rows], source, shapes)
+        return discovery.in_um(geometry, self.to_um(self.sdata.shapes[shapes])), rows
 
     @property
     def extent_um(self) -> tuple[float, float, float, float]:

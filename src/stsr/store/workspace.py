@@ -62,12 +62,15 @@ class Workspace:
         self.close()
 
     def close(self) -> None:
-        """Remove the folder, or release it if it is to be kept."""
-        # A journal that could not be undone still records where the old elements are.
-        if self.keep or (self.path / JOURNAL).exists():
-            self.release()
-        else:
-            self.remove()
+        """Remove the folder, unless it is to be kept, and unlock it."""
+        # A journal that could not be undone still tells where the old elements are.
+        if not self.keep and not (self.path / JOURNAL).exists():
+            with suppress(OSError):
+                self.wipe()
+                shutil.rmtree(self.path, ignore_errors=True)
+        if self._owner is not None:
+            self._owner.close()
+            self._owner = None
 
     def acquire(self) -> bool:
         """Lock the folder for this process, making it if needed; False if another process holds it."""
@@ -90,19 +93,6 @@ class Workspace:
         for child in self.path.iterdir():
             if child.name != _OWNER:
                 remove_path(child)
-
-    def release(self) -> None:
-        """Unlock the folder and keep its contents."""
-        if self._owner is not None:
-            self._owner.close()
-            self._owner = None
-
-    def remove(self) -> None:
-        """Remove the folder from disk and unlock it."""
-        with suppress(OSError):
-            self.wipe()
-            shutil.rmtree(self.path, ignore_errors=True)
-        self.release()
 
 
 @contextmanager

@@ -18,10 +18,10 @@ from stsr.files import disk_errors
 from stsr.geometry.grid import Grid
 from stsr.store import catalogue, names, publishing
 from stsr.store.consolidated import consolidate
-from stsr.store.elements import Frame, placed
+from stsr.store.elements import COUNT_CHUNKS, Frame, placed
 from stsr.store.workspace import Workspace
 
-CHUNKS = (16, 256, 256)
+CHUNKS = COUNT_CHUNKS
 """Genes, rows and columns of a chunk. Blocks on these borders are written without reading anything back."""
 _PYRAMID_BINS = 1024  # maps with a longer side get coarser levels until one fits in this
 _DONE = "done.jsonl"
@@ -88,13 +88,7 @@ class MapWriter:
         self._overwrite = overwrite
         self._work = Workspace(self.store, self.elements[0])
         self._arrays: dict[str, Any] = {}  # finest level of each element
-        self._paths: dict[str, list[str]] = {}  # of the levels of each element, fine to coarse
         self._done: dict[str, object] = {}
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(genes, rows, columns) of each map."""
-        return len(self.genes), *self.grid.shape
 
     @property
     def notes(self) -> dict[str, object]:
@@ -169,7 +163,8 @@ class MapWriter:
 
     def _digest(self) -> str:
         made = {element: self.provenance[element] for element in self.elements}
-        what = [self.elements, self.genes, [float(value) for value in _corners(self.grid)], made]
+        grid = [*self.grid.bounds_um, self.grid.bin_um, *self.grid.shape]
+        what = [self.elements, self.genes, [float(value) for value in grid], made]
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
     def _resume(self, digest: str) -> bool:
@@ -177,17 +172,15 @@ class MapWriter:
         file = self._work.path / _DIGEST
         if not file.exists() or file.read_text() != digest:
             return False
-        lines = (
-            (self._work.path / _DONE).read_text().splitlines() if (self._work.path / _DONE).exists() else []
-        )
-        for line in lines:
+        done = self._work.path / _DONE
+        for line in done.read_text().splitlines() if done.exists() else []:
             try:
                 block, note = json.loads(line)
             except ValueError:  # the kill came in the middle of this line
                 continue
             self._done[block] = note
         whole = "".join(json.dumps(item) + "\n" for item in self._done.items())
-        (self._work.path / _DONE).write_text(whole)
+        done.write_text(whole)
         return True
 
     def _levels(self) -> list[tuple[int, int]]:
@@ -206,8 +199,7 @@ class MapWriter:
         publishing.write_elements(self._work.new, {**tiny, **self._beside}, version)
         for element in self.elements:
             folder = self._work.new / "images" / element
-            paths, _ = catalogue.image_metadata(self._work.new, element)
-            for level, path in zip(levels, paths, strict=True):
+            for level, path in zip(levels, self._paths(element), strict=True):
                 shutil.rmtree(folder / path)
                 _allocate_array(folder, path, (len(self.genes), *level), version)
             _describe(folder, self.genes, levels)
@@ -233,16 +225,19 @@ class MapWriter:
         import zarr
 
         for element in self.elements:
-            self._paths[element], _ = catalogue.image_metadata(self._work.new, element)
-            finest = self._work.new / "images" / element / self._paths[element][0]
+            finest = self._work.new / "images" / element / self._paths(element)[0]
             self._arrays[element] = zarr.open_array(finest, mode="r+")
+
+    def _paths(self, element: str) -> list[str]:
+        """Array folders of an element's levels, fine to coarse."""
+        return catalogue.Catalogue(self._work.new).levels_of(element)[0]
 
     def _build_pyramid(self, element: str) -> None:
         """Coarser levels as means of 2 x 2 bins, a row of chunks at a time."""
         import zarr
 
         folder = self._work.new / "images" / element
-        for fine_path, coarse_path in pairwise(self._paths[element]):
+        for fine_path, coarse_path in pairwise(self._paths(element)):
             fine: Any = zarr.open_array(folder / fine_path, mode="r")
             coarse: Any = zarr.open_array(folder / coarse_path, mode="r+")
             for gene in range(0, coarse.shape[0], CHUNKS[0]):
@@ -250,10 +245,6 @@ class MapWriter:
                     genes = slice(gene, gene + CHUNKS[0])
                     rows = slice(row, min(row + CHUNKS[1], coarse.shape[1]))
                     coarse[genes, rows] = _halve(fine[genes, 2 * rows.start : 2 * rows.stop])
-
-
-def _corners(grid: Grid) -> tuple[float, ...]:
-    return (*grid.bounds_um, grid.bin_um, grid.height, grid.width)
 
 
 def _halve(values: np.ndarray) -> np.ndarray:
@@ -283,13 +274,7 @@ def _allocate_array(folder: Path, name: str, shape: tuple[int, int, int], versio
             "dimension_names": ("c", "y", "x"),
         }
     zarr.create_array(
-        folder / name,
-        shape=shape,
-        chunks=chunks,
-        dtype="float32",
-        fill_value=0.0,
-        overwrite=True,
-        **encoding,
+        folder / name, shape=shape, chunks=chunks, dtype="float32", fill_value=0.0, overwrite=True, **encoding
     )
 
 

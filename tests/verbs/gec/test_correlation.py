@@ -29,7 +29,7 @@ def test_matrices_do_not_depend_on_how_the_genes_are_cut(values, monkeypatch, me
         return values[part]
 
     seen = []
-    pearson = matrices.pearson_matrix(read, 40, 300, lambda done, total: seen.append(done / total))
+    pearson = matrices.pearson_matrix(read, 40, 300, lambda done, total, _: seen.append(done / total))
     spearman = matrices.spearman_matrix(read, 40, 300)
     np.testing.assert_allclose(pearson, np.corrcoef(values), atol=1e-5)
     np.testing.assert_allclose(spearman, stats.spearmanr(values.T).statistic, atol=1e-5)

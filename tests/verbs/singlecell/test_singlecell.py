@@ -41,8 +41,8 @@ def _write_map(store, grid, elements=("superres_x10", "superres_x10_sd")):
         store, elements, GENES, grid, {name: {"command": "superres"} for name in elements}
     ) as writer:
         for name in elements:
-            values = rng.gamma(0.7, 1, writer.shape)
-            writer.write(name, *(slice(0, size) for size in writer.shape), values)
+            values = rng.gamma(0.7, 1, (len(GENES), *grid.shape))
+            writer.write(name, *map(slice, values.shape), values)
 
 
 @pytest.fixture
@@ -139,7 +139,8 @@ def test_cells_outside_the_support_of_a_prediction_are_told(store, monkeypatch):
     grid, origin = section.hr.grid, {"predicted": "predicted", "told": "measured"}
     for name in origin:
         with MapWriter(store, [name], GENES, grid, {name: {"origin": origin[name]}}) as writer:
-            writer.write(name, *(slice(0, size) for size in writer.shape), np.ones(writer.shape))
+            values = np.ones((len(GENES), *grid.shape))
+            writer.write(name, *map(slice, values.shape), values)
     monkeypatch.setattr(Section, "support", lambda _, grid: np.indices(grid.shape)[1] < 10)
     predicted = singlecell(store, source="predicted", name="a")
     x0, _, x1, _ = section.sdata.shapes["cells"].bounds.to_numpy().T

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stsr.figures import DPI, Histology, check_path, extent, scale_bar
+from stsr.figures import Histology, canvas, check_path, extent, frame, rings_of, save, scale_bar, style
 from stsr.geometry.grid import Grid
-from stsr.store import discovery
+from stsr.store.parts import Cells
 from stsr.store.section import Section
 from stsr.verbs.celltype.model import GREY, UNASSIGNED
 
@@ -33,7 +33,7 @@ def celltype_figure(section: Section, element: str, path: str | Path, *, title: 
     Parameters
     ----------
     section
-        A `stsr.store.section.Section`.
+        The section.
     element
         A result of `stsr.celltype`: the labels of bins, or the table of cells.
     path
@@ -51,34 +51,23 @@ def celltype_figure(section: Section, element: str, path: str | Path, *, title: 
     UsageError
         If the format is unknown.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     path = check_path(path)
-    draw, grid, numbers, colours = (
-        _bins(section, element) if section.elements[element] == "labels" else _cells(section, element)
-    )
+    per = "bin" if section.elements[element] == "labels" else "cell"
+    draw, grid, numbers, colours = (_bins if per == "bin" else _cells)(section, element)
     panels = 1 if section.image is None else 2
-    with rc_context({"font.size": 8, "svg.fonttype": "none", "pdf.fonttype": 42}):
-        tall = _PANEL_INCHES * float(np.clip(grid.height / grid.width, 0.4, 2.5))
-        wide = _PANEL_INCHES * panels + _LEGEND_INCHES * -(-len(numbers) // _LEGEND_ROWS)
-        figure = Figure(figsize=(wide, tall + 0.4), layout="constrained")
-        FigureCanvasAgg(figure)  # no pyplot state: works in any thread
-        axes = figure.subplots(1, panels, squeeze=False)[0]
+    legend = _LEGEND_INCHES * -(-len(numbers) // _LEGEND_ROWS)
+    with style():
+        figure, (axes,) = canvas(1, panels, grid, inches=_PANEL_INCHES, beside=legend, above=0.4)
         if section.image is not None:
-            Histology(section, grid).draw(axes[0], None, None)
+            Histology(section, grid).draw(axes[0])
             axes[0].set_title("H&E", fontsize=9)
         draw(axes[-1])
-        per = "bin" if section.elements[element] == "labels" else "cell"
         axes[-1].set_title(f"cell type per {per}", fontsize=9)
         for axis in axes:
-            _frame(axis, grid)
+            frame(axis, grid)
         scale_bar(axes[0], grid)
         _legend(axes[-1], numbers, colours)
-        figure.suptitle(title or _title(section, element), fontsize=9, color="0.3")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI, bbox_inches="tight", facecolor="white")
+        save(figure, path, title or _title(section, element))
     return path
 
 
@@ -107,24 +96,19 @@ def _bins(section: Section, element: str) -> _Drawing:
 
 def _cells(section: Section, element: str) -> _Drawing:
     """Cell outlines in the colours of their types."""
-    import shapely
     from matplotlib.collections import PolyCollection
+    from shapely import total_bounds
 
     table = section.sdata.tables[element]
-    region = table.uns["spatialdata_attrs"]["region"]
-    shapes, rows = discovery.annotated(section.sdata, region, element)
-    outlines = discovery.in_um(shapes, section.to_um(section.sdata.shapes[region]))
+    outlines, rows = section.annotated(table.uns["spatialdata_attrs"]["region"], element)
+    polygons = Cells(outlines).polygons
     table = table[rows]
     numbers, colours = _tally(table)
     face = np.array(list(colours.values()))[table.obs["celltype"].cat.codes]
-    whole = outlines.geometry
-    if "radius" in outlines:
-        whole = whole.buffer(outlines["radius"])
-    x0, y0, x1, y1 = whole.total_bounds
+    x0, y0, x1, y1 = total_bounds(polygons)
     height, width = (max(1, int(np.ceil(size / _CELLS_UM))) for size in (y1 - y0, x1 - x0))
     grid = Grid(x0, y0, _CELLS_UM, height, width)
-    parts, owner = shapely.get_parts(whole.to_numpy(), return_index=True)
-    rings = [shapely.get_coordinates(ring) for ring in shapely.get_exterior_ring(parts)]
+    rings, owner = rings_of(polygons)
 
     def draw(axis: Axes) -> None:
         axis.set_facecolor("0.97")
@@ -137,13 +121,6 @@ def _tally(table: AnnData) -> tuple[dict[str, int], dict[str, str]]:
     labels = table.obs["celltype"]
     numbers = labels.value_counts().to_dict()
     return numbers, dict(zip(labels.cat.categories, table.uns["celltype_colors"], strict=True))
-
-
-def _frame(axis: Axes, grid: Grid) -> None:
-    x0, y0, x1, y1 = grid.bounds_um
-    axis.set(xlim=(x0, x1), ylim=(y1, y0), xticks=[], yticks=[], aspect="equal")
-    for side in axis.spines.values():
-        side.set_visible(False)
 
 
 def _legend(axis: Axes, numbers: dict[str, int], colours: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from stsr.errors import UsageError
 from stsr.progress import Progress
-from stsr.store.places import BinPlaces, CellPlaces
+from stsr.store.places import Places
 from stsr.verbs.celltype import model
 from stsr.verbs.celltype.job import CelltypeJob
 from stsr.verbs.celltype.signatures import Signatures, from_markers, read_markers, read_reference
@@ -17,8 +17,6 @@ from stsr.verbs.celltype.signatures import Signatures, from_markers, read_marker
 _MOST_GENES = 2000  # the most informative ones: more cost time and memory and add little
 _CLUSTERED = 20_000  # places given to Leiden; all are then assigned by the clusters' profiles
 _SHOWN_GENES = 10  # per type
-
-Places = BinPlaces | CellPlaces
 
 
 @dataclass(frozen=True)
@@ -82,32 +80,24 @@ def learn(places: Places, job: CelltypeJob) -> Learned:
 def _from_reference(places: Places, reference: Path, label_key: str | None) -> Learned:
     """Signatures of a reference, with platform effects estimated from the section's totals."""
     whole = read_reference(reference, label_key, places.genes)
-    there = set(places.genes)
-    common = [gene for gene in whole.genes if gene in there]
-    _check_shared(len(common), whole, places, reference.name)
-    signatures = whole.on(common).informative(_MOST_GENES)
+    common = np.isin(whole.genes, places.genes)
+    _check_shared(common.sum(), whole, places, reference.name)
+    signatures = whole.take(common).informative(_MOST_GENES)
     totals = places.totals(signatures.genes)
     seen = (totals > 0) & (signatures.counts.sum(1) > 0)
-    _check_shared(int(seen.sum()), whole, places, reference.name)
-    signatures = _kept(signatures, seen)
+    _check_shared(seen.sum(), whole, places, reference.name)
+    signatures = signatures.take(seen)
     effects = model.platform_effects(totals[seen], signatures.profiles)
     alike = np.abs(np.log(effects / np.median(effects))) < np.log(model.FOLD)
-    notes = [
-        *whole.notes,
-        f"{len(common)} of the reference's {len(whole.genes)} genes are in {places.name}",
-    ]
+    notes = [*whole.notes, f"{common.sum()} of the reference's {len(whole.genes)} genes are in {places.name}"]
     if not alike.all():
-        far = [gene for gene, same in zip(signatures.genes, alike, strict=True) if not same]
+        far = signatures.take(~alike).genes
         notes.append(
             f"{len(far)} genes whose detection differs more than {model.FOLD:g}-fold between reference and section are "
             f"left out: {', '.join(far[:8])}{', ...' if len(far) > 8 else ''}"
         )
-    signatures = replace(_kept(signatures, alike), notes=notes)
+    signatures = replace(signatures.take(alike), notes=notes)
     return Learned(signatures, effects[alike], signatures.distinct(_SHOWN_GENES))
-
-
-def _kept(signatures: Signatures, mask: np.ndarray) -> Signatures:
-    return signatures.on([gene for gene, kept in zip(signatures.genes, mask, strict=True) if kept])
 
 
 def _check_shared(shared: int, signatures: Signatures, places: Places, file: str) -> None:

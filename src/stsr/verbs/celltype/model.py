@@ -21,10 +21,8 @@ GREY = "#bdbdbd"
 
 _BLOCK = 8192  # places fitted together: three arrays of them x genes are in memory
 _STEPS, _REDRAWN_STEPS = 200, 30  # redraws start near their end
-_EVERY, _TOLERANCE = (
-    10,
-    1e-3,
-)  # steps between checks for convergence, and the largest change of a converged share
+_EVERY = 10  # steps between checks for convergence
+_TOLERANCE = 1e-3  # the largest change of a converged share
 _TINY = 1e-12
 _AWAY = 0.05  # of the initial weight is spread over all types: updates cannot raise a weight of exactly 0
 FOLD = 20.0
@@ -232,9 +230,8 @@ def clusters(counts: np.ndarray, resolution: float, seed: int) -> np.ndarray:
     sc.pp.normalize_total(cells)
     sc.pp.log1p(cells)
     sc.pp.pca(cells, n_comps=min(30, min(cells.shape) - 1), random_state=seed)
-    sc.pp.neighbors(
-        cells, transformer="sklearn", method="gauss", random_state=seed
-    )  # exact, nothing to compile
+    # Exact neighbours, and nothing to compile.
+    sc.pp.neighbors(cells, transformer="sklearn", method="gauss", random_state=seed)
     sc.tl.leiden(cells, resolution, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
     return cells.obs["leiden"].astype(int).to_numpy()
 

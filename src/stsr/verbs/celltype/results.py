@@ -10,16 +10,15 @@ import numpy as np
 import pandas as pd
 
 from stsr.store import elements, names
-from stsr.store.places import BinPlaces, CellPlaces
+from stsr.store.places import BinPlaces, CellPlaces, Places
 from stsr.verbs.celltype import model
-from stsr.verbs.celltype.learning import Fit, Learned, Places
+from stsr.verbs.celltype.learning import Fit, Learned
 from stsr.verbs.celltype.model import UNASSIGNED
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 _USUAL_SCALE = 10  # for the name, if that of the cells is not known
-_ATTRIBUTES = "spatialdata_attrs"
 
 
 def result_names(places: Places, name: str | None) -> list[str]:
@@ -27,7 +26,7 @@ def result_names(places: Places, name: str | None) -> list[str]:
 
     For bins: labels of types, table of types, table of bins, labels of bin numbers. For cells: their table.
     """
-    usual = names.celltype_name(places.scale or _USUAL_SCALE)
+    usual = names.result_name("celltype", places.scale or _USUAL_SCALE)
     if isinstance(places, CellPlaces):
         return [names.check_name(name or f"{usual}_cells")]
     base = names.check_name(name or usual)
@@ -98,7 +97,7 @@ class Typed:
         table.obsm["spatial"] = places.centres_um
         table = elements.annotating(table, ids, numbers)
         # As a list: spatialdata looks for an element's name in this value, and would find "x" in the text "x_bin_ids".
-        table.uns[_ATTRIBUTES]["region"] = [ids]
+        table.uns["spatialdata_attrs"]["region"] = [ids]
         return table
 
     def _cells_table(self, places: CellPlaces) -> AnnData:

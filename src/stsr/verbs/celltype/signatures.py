@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,10 +49,10 @@ class Signatures:
         """(g, k) fraction of each gene in a type's transcripts; columns add up to 1."""
         return self.counts / self.counts.sum(0)
 
-    def on(self, genes: list[str]) -> Signatures:
-        """The signatures restricted to some of their genes."""
-        place = {gene: row for row, gene in enumerate(self.genes)}
-        return Signatures(self.types, list(genes), self.counts[[place[gene] for gene in genes]], self.notes)
+    def take(self, rows: np.ndarray) -> Signatures:
+        """The signatures on some of their genes, by index or mask."""
+        genes = np.array(self.genes, dtype=object)[rows].tolist()
+        return replace(self, genes=genes, counts=self.counts[rows])
 
     def distinct(self, most: int) -> list[list[str]]:
         """The genes that distinguish each type best from the mean of all types, at most ``most`` per type."""
@@ -68,8 +68,7 @@ class Signatures:
         if len(self.genes) <= most:
             return self
         told = self._told().sum(1)
-        kept = np.sort(np.argsort(-told, kind="stable")[:most])
-        return Signatures(self.types, [self.genes[row] for row in kept], self.counts[kept], self.notes)
+        return self.take(np.sort(np.argsort(-told, kind="stable")[:most]))
 
     def _told(self) -> np.ndarray:
         """(g, k) contribution of each gene and type to the mutual information: ``s log(s / mean s)``."""
@@ -147,10 +146,8 @@ def _from_cells(path: Path, label_key: str | None, measured: list[str]) -> Signa
     few = sorted(set(numbers.index) - set(types))
     if few:
         notes.append(f"types with fewer than {_LEAST_CELLS} cells are left out: {', '.join(few)}")
-    member = (
-        np.stack([(labels == name).to_numpy() for name in types]) if types else np.zeros((0, len(labels)))
-    )
-    counts = np.asarray(matrix.T @ member.T.astype(np.float64))[columns]  # (g, k)
+    member = labels.to_numpy()[:, None] == np.array(types, dtype=object)  # (cells, k)
+    counts = np.asarray(matrix.T @ member.astype(np.float64))[columns]  # (g, k)
     if (counts.sum(0) == 0).any():
         raise UsageError(f"a type in {path.name} has no counts; leave it out")
     return Signatures(types, genes, counts, notes)

@@ -11,12 +11,12 @@ import numpy as np
 from stsr.errors import StsrError
 from stsr.progress import Progress, Report, silent
 from stsr.store import catalogue
-from stsr.store.places import bins_of, cells_of, newest_cells
+from stsr.store.places import Places, bins_of, cells_of, newest_cells
 from stsr.store.publishing import publish
 from stsr.store.section import Section, open_section
 from stsr.verbs.celltype import model
 from stsr.verbs.celltype.job import MIN_COUNTS, MIN_PROBABILITY, CelltypeJob
-from stsr.verbs.celltype.learning import Fit, Learned, Places, fit, learn
+from stsr.verbs.celltype.learning import Fit, Learned, fit, learn
 from stsr.verbs.celltype.results import Typed, result_names
 from stsr.version import __version__
 

@@ -51,12 +51,7 @@ def shared_genes(genes: Sequence[str], layers: Sequence[Values], denoise: bool) 
 
 
 def compare(
-    table: AnnData,
-    layers: Sequence[Values],
-    moments: dict[str, pd.DataFrame],
-    *,
-    own: str,
-    denoise: bool,
+    table: AnnData, layers: Sequence[Values], moments: dict[str, pd.DataFrame], *, own: str, denoise: bool
 ) -> None:
     """Add measured correlations to a table of `correlate`, and the distance of its and other matrices from them.
 
@@ -105,10 +100,7 @@ def add_layer(table: AnnData, name: str, genes: Sequence[str], matrix: np.ndarra
 
 
 def _rows(
-    label: str,
-    places: int,
-    computed: dict[str, np.ndarray],
-    truths: Sequence[tuple[str, str, np.ndarray]],
+    label: str, places: int, computed: dict[str, np.ndarray], truths: Sequence[tuple[str, str, np.ndarray]]
 ) -> list[dict[str, object]]:
     """Distances of one map's matrices from each kind of truth."""
     return [
@@ -120,10 +112,7 @@ def _rows(
 
 def _matrices(values: Values, genes: Sequence[str]) -> dict[str, np.ndarray]:
     arguments = values.reader(genes), len(genes), values.count
-    return {
-        "pearson": matrices.pearson_matrix(*arguments),
-        "spearman": matrices.spearman_matrix(*arguments),
-    }
+    return {"pearson": matrices.pearson_matrix(*arguments), "spearman": matrices.spearman_matrix(*arguments)}
 
 
 def _corrected(pearson: np.ndarray, moments: pd.DataFrame) -> np.ndarray:

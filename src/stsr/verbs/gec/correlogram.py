@@ -44,9 +44,8 @@ class Correlogram:
         pairs = self._classes(self._overlap, self.places)
         self._kept = pairs > 0
         self.pairs = pairs[self._kept]
-        steps = np.append(
-            [0, 0.5], np.arange(1, len(pairs) - 1)
-        )  # other places in the same bin: half a bin away
+        # Other places in the same bin are half a bin away.
+        steps = np.append([0, 0.5], np.arange(1, len(pairs) - 1))
         self.lags_um = steps[self._kept] * bin_um
 
     def auto(self, rasters: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import pandas as pd
 
-from stsr.figures import check_path
+from stsr.figures import check_path, new_figure, save, style
 from stsr.verbs.gec.matrices import separate_pairs
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ _TYPICAL = 3  # genes in the name of a group
 _CURVES = 5
 _TOGETHER, _APART = 8, 4  # positive and negative pairs in the bar plot
 _TOP_QUANTILE = 0.99
-DPI = 200
 
 
 def gec_figure(table: AnnData, path: str | Path, title: str) -> Path:
@@ -55,14 +54,9 @@ def gec_figure(table: AnnData, path: str | Path, title: str) -> Path:
     UsageError
         If the format is unknown.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     path = check_path(path)
-    with rc_context({"font.size": 9, "svg.fonttype": "none", "pdf.fonttype": 42}):
-        figure = Figure(figsize=(13.5, 8.2), layout="constrained")
-        FigureCanvasAgg(figure)  # no pyplot state: works in any thread
+    with style(9):
+        figure = new_figure(13.5, 8.2)
         halves = figure.subfigures(1, 2, width_ratios=(2.05, 1), wspace=0.03)
         left, right = cast("np.ndarray", halves)
         _draw_matrix(left, table)
@@ -74,8 +68,7 @@ def gec_figure(table: AnnData, path: str | Path, title: str) -> Path:
         else:
             _draw_agreement(lower, table, *truth)
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI, bbox_inches="tight", facecolor="white")
+        save(figure, path)
     return path
 
 

@@ -11,21 +11,17 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from scipy import stats
 
+from stsr.progress import Progress, silent
+
 MEMORY_BYTES = 4 * 2**30
 """Memory for the resident block of genes. With the second block and the values kept by gec, the peak is below 8 GB."""
 _PASSING_BYTES = 2**28
 _READ_GENES = 16  # at once: the genes of one chunk of a map on disk
-_LEAST_RELIABILITY = (
-    0.1  # fraction of variance that is not counting noise; below it no correction is possible
-)
+_LEAST_RELIABILITY = 0.1  # fraction of variance that is not counting noise; no correction below it
 _ORDERED_GENES = 1000  # optimal leaf ordering takes quadratic time: skipped above
 
 Read = Callable[[slice], np.ndarray]
 """Values (genes of the slice, places), of any dtype."""
-Prepare = Callable[[np.ndarray], np.ndarray]
-"""Standardised values or ranks (genes, places) of values."""
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
 
 
 # ------------------------------------------------------------------------------------------------- matrices
@@ -41,14 +37,14 @@ def moments(read: Read, genes: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(mean), np.concatenate(variance)
 
 
-def pearson_matrix(read: Read, genes: int, places: int, progress: Progress | None = None) -> np.ndarray:
+def pearson_matrix(read: Read, genes: int, places: int, progress: Progress = silent) -> np.ndarray:
     """Pearson correlation (genes, genes) float32 of all pairs; 0 for genes that do not vary."""
-    return _products(read, genes, places, standardised, progress)
+    return _products(read, genes, places, standardised, "Pearson", progress)
 
 
-def spearman_matrix(read: Read, genes: int, places: int, progress: Progress | None = None) -> np.ndarray:
+def spearman_matrix(read: Read, genes: int, places: int, progress: Progress = silent) -> np.ndarray:
     """Spearman correlation (genes, genes) float32; ties share their mean rank."""
-    return _products(read, genes, places, lambda values: standardised(midranks(values)), progress)
+    return _products(read, genes, places, lambda values: standardised(midranks(values)), "Spearman", progress)
 
 
 def _products(
@@ -56,7 +52,8 @@ def _products(
     genes: int,
     places: int,
     prepare: Callable[[np.ndarray], np.ndarray],
-    progress: Progress | None,
+    label: str,
+    progress: Progress,
 ) -> np.ndarray:
     """Scalar products of all pairs of prepared genes, with as many genes resident as fit in `MEMORY_BYTES`."""
 
@@ -76,11 +73,9 @@ def _products(
             matrix[rows, columns] = resident @ block(columns).T
             matrix[columns, rows] = matrix[rows, columns].T
             done += len(resident) * (columns.stop - columns.start)
-            if progress:
-                progress(done, total)
+            progress(done, total, label)
         del resident  # before the next one is filled
-        if progress:
-            progress(done, total)
+        progress(done, total, label)
     return np.clip(matrix, -1, 1, out=matrix)
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from stsr.errors import StsrError, UsageError
 from stsr.progress import Progress
-from stsr.store.places import BinPlaces, CellPlaces
+from stsr.store.places import BinPlaces, Places
 from stsr.verbs.gec import matrices
 from stsr.verbs.gec.correlogram import Correlogram, effective_places, modified_t_test
 from stsr.verbs.gec.values import Values
@@ -51,7 +51,7 @@ def varying(values: Values, genes: Sequence[str]) -> tuple[list[str], pd.DataFra
 
 def correlate(
     values: Values,
-    places: BinPlaces | CellPlaces,
+    places: Places,
     *,
     genes: Sequence[str],
     top: int,
@@ -83,8 +83,8 @@ def correlate(
     from scipy.cluster.hierarchy import leaves_list
 
     read, count = values.reader(genes), len(genes)
-    pearson = matrices.pearson_matrix(read, count, places.count, _labelled(progress, "Pearson"))
-    spearman = matrices.spearman_matrix(read, count, places.count, _labelled(progress, "Spearman"))
+    pearson = matrices.pearson_matrix(read, count, places.count, progress)
+    spearman = matrices.spearman_matrix(read, count, places.count, progress)
     correlogram = Correlogram(places.number, places.grid.bin_um)
     auto = _autocorrelations(values, places, genes, correlogram, progress)
     effective, p = _tested(pearson, auto, correlogram)
@@ -116,11 +116,7 @@ def _tested(pearson: np.ndarray, auto: np.ndarray, correlogram: Correlogram) -> 
 
 
 def _autocorrelations(
-    values: Values,
-    places: BinPlaces | CellPlaces,
-    genes: Sequence[str],
-    correlogram: Correlogram,
-    progress: Progress,
+    values: Values, places: Places, genes: Sequence[str], correlogram: Correlogram, progress: Progress
 ) -> np.ndarray:
     """(genes, lags)."""
     parts = []
@@ -152,10 +148,7 @@ def _add_shift_tests(
 
 
 def _curves(
-    pairs: Sequence[tuple[str, str]],
-    values: Values,
-    places: BinPlaces | CellPlaces,
-    correlogram: Correlogram,
+    pairs: Sequence[tuple[str, str]], values: Values, places: Places, correlogram: Correlogram
 ) -> pd.DataFrame:
     """Correlation of pairs by distance, a row for each pair and lag."""
     half_um = min(places.grid.shape) * places.grid.bin_um / 2  # few pairs of places are farther apart
@@ -188,7 +181,3 @@ def known_pair(genes: Sequence[str], pair: tuple[str, str]) -> tuple[str, str]:
     if a == b:
         raise UsageError(f"--lag {a}:{b} names one gene twice; name two")
     return a, b
-
-
-def _labelled(progress: Progress, label: str) -> matrices.Progress:
-    return lambda done, total: progress(done, total, label)

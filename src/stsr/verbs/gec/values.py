@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stsr.store.places import BinPlaces, CellPlaces, SpotPlaces
+from stsr.store.places import BinPlaces, Places, SpotPlaces
 from stsr.verbs.gec import matrices
-
-Places = BinPlaces | CellPlaces | SpotPlaces
 
 
 class Values:
@@ -32,7 +30,7 @@ class Values:
         Memory that the values take once all of them are read; 0 if they are not kept.
     """
 
-    def __init__(self, places: Places, genes: Sequence[str], most_bytes: int):
+    def __init__(self, places: Places | SpotPlaces, genes: Sequence[str], most_bytes: int):
         self.name, self.count, self.genes = places.name, places.count, frozenset(places.genes)
         self._places = places
         kept = [gene for gene in genes if gene in self.genes] if isinstance(places, BinPlaces) else []
@@ -63,7 +61,7 @@ class Values:
         return lambda part: self.read(genes[part])
 
 
-def values_of(layers: Sequence[Places], genes: Sequence[str]) -> list[Values]:
+def values_of(layers: Sequence[Places | SpotPlaces], genes: Sequence[str]) -> list[Values]:
     """Values of several layers, kept in memory in this order, up to half of `matrices.MEMORY_BYTES` in all."""
     left = matrices.MEMORY_BYTES // 2  # the matrices' blocks take as much again
     found = []

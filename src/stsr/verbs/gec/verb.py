@@ -19,7 +19,7 @@ from stsr.store import catalogue, elements, names
 from stsr.store.places import (
     LEAST_PLACES,
     BinPlaces,
-    CellPlaces,
+    Places,
     Region,
     SpotPlaces,
     bins_of,
@@ -204,7 +204,7 @@ def _run(section: Section, job: GecJob, progress: Progress, report: Report, bega
     )
 
 
-def _places(section: Section, job: GecJob) -> BinPlaces | CellPlaces:
+def _places(section: Section, job: GecJob) -> Places:
     if job.per == "cell":
         return cells_in(section, job.source or newest_cells(section), job.region)
     source = job.source or section.catalogue.newest_superres()
@@ -217,22 +217,20 @@ def _places(section: Section, job: GecJob) -> BinPlaces | CellPlaces:
     return places
 
 
-def _bin_um(places: BinPlaces | CellPlaces) -> float | None:
+def _bin_um(places: Places) -> float | None:
     return places.grid.bin_um if isinstance(places, BinPlaces) else None
 
 
-def _free_name(section: Section, job: GecJob, places: BinPlaces | CellPlaces) -> str:
+def _free_name(section: Section, job: GecJob, places: Places) -> str:
     """The result's name, if it can be written."""
     bin_um = _bin_um(places)
-    usual = "gec_cells" if bin_um is None else names.gec_name(LR_UM / bin_um)
+    usual = "gec_cells" if bin_um is None else names.result_name("gec", LR_UM / bin_um)
     element = names.check_name(job.name or usual)
     catalogue.check_free(section.path, [element], job.overwrite)
     return element
 
 
-def _others(
-    section: Section, job: GecJob, places: BinPlaces | CellPlaces
-) -> list[BinPlaces | CellPlaces | SpotPlaces]:
+def _others(section: Section, job: GecJob, places: Places) -> list[Places | SpotPlaces]:
     """What to compare with at the same places: the truth first, then other maps or cells, then the spots there."""
     if job.truth is None:
         return []
@@ -242,7 +240,7 @@ def _others(
     wanted = [job.truth, *dict.fromkeys(beside)]
     if places.name in wanted:
         raise UsageError(f"{places.name} cannot be compared with itself; name another --truth or --from")
-    found: list[BinPlaces | CellPlaces | SpotPlaces] = []
+    found: list[Places | SpotPlaces] = []
     for other in wanted:
         if isinstance(places, BinPlaces):
             found.append(BinPlaces(other, section.map(other), places.grid, places.number))
@@ -265,7 +263,7 @@ def _interpolated(section: Section, places: BinPlaces) -> list[str]:
     return found
 
 
-def _chosen(places: BinPlaces | CellPlaces, genes: Sequence[str] | None) -> list[str]:
+def _chosen(places: Places, genes: Sequence[str] | None) -> list[str]:
     """The requested genes, in the order of the source, which is fastest to read."""
     wanted = set(genes_of(genes, places.genes, places.name))
     return [gene for gene in places.genes if gene in wanted]
@@ -281,7 +279,7 @@ def _varying(values: Values, genes: list[str]) -> tuple[list[str], pd.DataFrame,
     return kept, moments, [f"{len(left)} of {len(genes)} genes do not vary here and are left out: {few}"]
 
 
-def _element(section: Section, places: BinPlaces | CellPlaces, table: AnnData) -> AnnData:
+def _element(section: Section, places: Places, table: AnnData) -> AnnData:
     """The table as an element.
 
     Its rows are genes and annotate no instance, but spatial queries of spatialdata 0.7 raise KeyError on a table that
@@ -299,7 +297,7 @@ def _element(section: Section, places: BinPlaces | CellPlaces, table: AnnData) -
     return elements.annotating(table, region, table.obs_names.to_numpy(dtype=str))
 
 
-def _provenance(section: Section, job: GecJob, places: BinPlaces | CellPlaces, table: AnnData) -> dict:
+def _provenance(section: Section, job: GecJob, places: Places, table: AnnData) -> dict:
     made = section.provenance.get(places.name, {})
     measured = names.is_measured_name(places.name)
     return {

@@ -7,7 +7,7 @@ spread within a bin, so counts per cell are ``shares @ counts per bin``. Counts 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -16,22 +16,12 @@ import shapely
 from stsr.errors import StsrError
 from stsr.geometry.grid import Grid
 from stsr.progress import Progress
+from stsr.store.parts import Map
 
 _AT_ONCE = 20_000  # shapes intersected with bins together: bounds the memory that the pieces take
 _MIN_UM2 = 1e-6  # smaller overlaps are rounding errors of outlines that only touch
 _MAX_OVERLAPPING = 8  # cells at one point
 _BLOCK_BYTES = 2**28  # of a map in memory
-
-
-class Layer(Protocol):
-    """What `add_up` reads: a `stsr.store.parts.Map`."""
-
-    @property
-    def grid(self) -> Grid:
-        """The bins."""
-
-    def read(self, genes: Sequence[str]) -> np.ndarray:
-        """Values (genes, height, width)."""
 
 
 def shares(polygons: np.ndarray, grid: Grid) -> sp.csr_matrix:
@@ -118,7 +108,7 @@ def _overlaps(polygons: np.ndarray, grid: Grid) -> sp.csr_matrix:
 
 
 def add_up(
-    layer: Layer, genes: Sequence[str], shares: sp.csr_matrix, progress: Progress
+    layer: Map, genes: Sequence[str], shares: sp.csr_matrix, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sum counts per cell and outside of cells, in blocks of genes.
 

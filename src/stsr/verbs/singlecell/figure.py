@@ -19,6 +19,7 @@ from stsr.geometry.grid import Grid
 from stsr.store.parts import Cells
 from stsr.store.section import Section
 from stsr.verbs.singlecell import segmentation
+from stsr.verbs.singlecell.job import Region
 from stsr.verbs.singlecell.scores import measured_counts
 
 if TYPE_CHECKING:
@@ -28,10 +29,7 @@ if TYPE_CHECKING:
 
 _GENES = 3  # drawn by default: those with the most counts
 _MIN_DENSITY = 0.2  # smallest top of a scale: a gene that is not expressed stays dark
-_MAX_PX = 1200  # of the H&E, along a side
 _RIMS_UM = 700.0  # in wider views, outlines would hide the many small cells
-
-Region = tuple[float, float, float, float]
 
 
 def cells_figure(
@@ -69,12 +67,13 @@ def cells_figure(
     """
     path = figures.check_path(path)
     table, cells = section.sdata.tables[element], segmentation.of_table(section, element)
-    view = _view(cells.polygons, region_um)
+    x0, y0, x1, y1 = region_um or shapely.total_bounds(cells.polygons)
+    view = Grid.over((x0, y0, x1, y1), max(x1 - x0, y1 - y0) / figures.MAX_PX)
     shown = shapely.intersects(cells.polygons, shapely.box(*view.bounds_um))
     if not shown.any():
         raise UsageError("no cell lies in --figure-region; choose another area")
     columns = _columns(section, element, cells)
-    picture = None if section.image is None else np.moveaxis(section.image.read(view), 0, -1)
+    picture = None if section.image is None else figures.Histology(section, view, view.bin_um)
     titles = [*columns] if picture is None else ["H&E", *columns]
     genes = _genes(table, genes)
     with figures.style():
@@ -96,13 +95,6 @@ def _genes(table: AnnData, asked: Sequence[str] | None) -> list[str]:
     if missing:
         raise UsageError(f"{missing[0]!r} is not in the table; name others with --figure-genes")
     return list(asked)
-
-
-def _view(polygons: np.ndarray, region_um: Region | None) -> Grid:
-    """The pixels of the H&E panel, over the region or all cells."""
-    x0, y0, x1, y1 = region_um or shapely.total_bounds(polygons)
-    step = max(x1 - x0, y1 - y0) / _MAX_PX
-    return Grid(x0, y0, step, max(1, round((y1 - y0) / step)), max(1, round((x1 - x0) / step)))
 
 
 def _columns(section: Section, element: str, cells: Cells) -> dict[str, Callable[[str], np.ndarray]]:
@@ -133,7 +125,7 @@ def _draw_row(
     gene: str,
     polygons: np.ndarray,
     densities: Sequence[np.ndarray],
-    picture: np.ndarray | None,
+    picture: figures.Histology | None,
     view: Grid,
 ) -> None:
     from matplotlib.cm import ScalarMappable
@@ -143,21 +135,18 @@ def _draw_row(
     inferred = densities[0][np.isfinite(densities[0])]
     scale = Normalize(0, figures.scale_top([inferred], _MIN_DENSITY))
     if picture is not None:
-        _background(axes[0], picture, view)
+        picture.draw(axes[0])
     for axis, density in zip(axes[-len(densities) :], densities, strict=True):
-        _background(axis, None if picture is None else picture // 2 + 127, view)  # paler, behind the cells
+        if picture is None:
+            axis.set_facecolor(figures.OUTSIDE)
+        else:
+            picture.draw(axis, pale=True)
         _draw_cells(axis, polygons, density, scale, view)
+    for axis in axes:
+        figures.frame(axis, view)
     axes[0].set_ylabel(gene, fontstyle="italic", fontsize=11)
     figures.scale_bar(axes[0], view)
     figures.colour_bar(axes[-1], ScalarMappable(scale, figures.COLOURS))
-
-
-def _background(axis: Axes, picture: np.ndarray | None, view: Grid) -> None:
-    if picture is None:
-        axis.set_facecolor(figures.OUTSIDE)
-    else:
-        axis.imshow(picture, extent=figures.extent(view), interpolation="antialiased")
-    figures.frame(axis, view)
 
 
 def _draw_cells(axis: Axes, polygons: np.ndarray, density: np.ndarray, scale: Normalize, view: Grid) -> None:

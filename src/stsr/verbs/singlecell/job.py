@@ -17,13 +17,12 @@ from stsr.geometry.grid import LR_UM, Grid
 from stsr.progress import Progress
 from stsr.store import catalogue, names
 from stsr.store.parts import Cells, Map
+from stsr.store.places import Region
 from stsr.store.section import Section
 from stsr.verbs.singlecell.areas import shares
 from stsr.verbs.singlecell.nuclei import DOUBTFUL_UM_PER_PX, find_nuclei
 from stsr.verbs.singlecell.scores import Measured, measured_counts
 from stsr.verbs.singlecell.segmentation import imported, stored
-
-Region = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ def make_job(section: Section, request: Request, progress: Progress) -> Job:
     source = _source(section, request.source)
     bins = section.map(source)
     genes = _genes(request, bins.genes, source)
-    element = names.check_name(request.name or names.cells_name(LR_UM / bins.grid.bin_um))
+    element = names.check_name(request.name or names.result_name("cells", LR_UM / bins.grid.bin_um))
     is_new = request.segmentation is not None or request.segment
     if sum([request.cells is not None, request.segmentation is not None, request.segment]) > 1:
         raise UsageError("--cells, --segmentation and --segment exclude each other; give only one of them")

@@ -22,9 +22,7 @@ _FINEST_UM_PER_PX = 0.5  # finer images are averaged to this: outlines hardly ch
 _TILE_UM = 500.0
 _MARGIN_UM = 40.0  # around a tile, so that nuclei at its edge are complete
 _THRESHOLD_TILES = 25  # sampled for the threshold of the whole section
-_GLASS = (
-    0.05  # optical density: paler pixels are background, and would make background one of Otsu's two classes
-)
+_GLASS = 0.05  # optical density: paler pixels are background, which Otsu's method would take as a class
 _SMOOTH_UM = 1.0
 _SURROUNDINGS_UM = 25.0  # sigma: a nucleus is darker than its surroundings, whatever the section's thickness
 _SEED_DISTANCE_UM = 2.5
@@ -33,10 +31,7 @@ _MAX_EXPANSION_UM = 20.0
 
 
 def find_nuclei(
-    image: Image,
-    bounds_um: tuple[float, float, float, float],
-    expand_um: float,
-    progress: Progress,
+    image: Image, bounds_um: tuple[float, float, float, float], expand_um: float, progress: Progress
 ) -> Cells:
     """Segment nuclei and expand each by ``expand_um``, without overlap.
 
@@ -70,8 +65,7 @@ def find_nuclei(
             f"prepare the section with a finer image, or import cells with --segmentation FILE"
         )
     px = max(image.um_per_px, _FINEST_UM_PER_PX)
-    x0, y0, x1, y1 = bounds_um
-    whole = Grid(x0, y0, px, max(1, round((y1 - y0) / px)), max(1, round((x1 - x0) / px)))
+    whole = Grid.over(bounds_um, px)
     tiles = _tiles(whole)
     threshold = _threshold(image, whole, tiles)
     found = []

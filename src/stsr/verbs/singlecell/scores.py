@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,9 +15,6 @@ from stsr.geometry.grid import LR_UM, Grid
 from stsr.store import catalogue, discovery, names
 from stsr.store.parts import Cells, Spots
 from stsr.store.section import Section
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 
 @dataclass(frozen=True)
@@ -52,11 +48,12 @@ def measured_counts(section: Section, cells: Cells) -> Measured | None:
         return None
     results = {name for name, entry in section.provenance.items() if catalogue.is_result(entry)}
     tables = [
-        name for name, table in sdata.tables.items() if name not in results and element in _regions(table)
+        name
+        for name, table in sdata.tables.items()
+        if name not in results and element in discovery.regions(table)
     ]
-    own = discovery.find_cells(
-        sdata
-    )  # its table may annotate a sister element, such as the circles of Xenium
+    # The table of the section's cells may annotate a sister element, such as the circles of Xenium.
+    own = discovery.find_cells(sdata)
     if not tables and own and own[0] == element and own[1] is not None and own[1] not in results:
         tables = [own[1]]
     if not tables:
@@ -72,12 +69,6 @@ def measured_counts(section: Section, cells: Cells) -> Measured | None:
     return Measured(
         counts[there], genes, np.array([place[name] for name in geometry.index[there]], dtype=int)
     )
-
-
-def _regions(table: AnnData) -> list[str]:
-    """Elements that a table annotates."""
-    region = table.uns.get("spatialdata_attrs", {}).get("region")
-    return [str(element) for element in np.atleast_1d([] if region is None else region)]
 
 
 # ------------------------------------------------------------------------------------------------- spots alone

@@ -85,7 +85,7 @@ def of_table(section: Section, table: str) -> Cells:
     """
     annotation = section.sdata.tables[table]
     attributes = annotation.uns["spatialdata_attrs"]
-    found = stored(section, str(np.atleast_1d(attributes["region"])[0]))
+    found = stored(section, discovery.regions(annotation)[0])
     place = {name: number for number, name in enumerate(found.ids)}
     try:
         rows = [place[name] for name in annotation.obs[attributes["instance_key"]]]

@@ -28,9 +28,6 @@ from stsr.version import __version__
 if TYPE_CHECKING:
     from anndata import AnnData
 
-SPREAD = "sd"
-"""Layer of the table with the standard deviation of each count over samples of the model."""
-
 _DENSE_FROM = 0.5  # fraction of nonzero counts above which a dense matrix is smaller
 
 
@@ -231,7 +228,7 @@ def _table(job: Job, counts: np.ndarray, spread: np.ndarray | None) -> AnnData:
     table = AnnData(_compact(counts), obs, pd.DataFrame(index=job.genes))
     table.obsm["spatial"] = job.cells.centres_um
     if spread is not None:
-        table.layers[SPREAD] = _compact(spread)
+        table.layers[names.SPREAD_LAYER] = _compact(spread)
     return elements.annotating(table, job.annotates, job.cells.ids)
 
 

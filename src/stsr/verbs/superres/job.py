@@ -269,7 +269,7 @@ def make_job(
         support=support,
         samples=_samples(samples, method),
         seed=seed,
-        element=names.check_name(name or names.superres_name(scale)),
+        element=names.check_name(name or names.result_name("superres", scale)),
         notes=_notes(blind=spots is None and use_lr, outside=outside),
     )
     return replace(job, provenance=_provenance(job, scale=scale, outside=outside))

@@ -192,9 +192,10 @@ def _check_output(section: Section, output: str | Path | None) -> None:
 
 def _measured(store: Path) -> dict:
     """The identity of a section: its elements that are not results, with their provenance and attributes."""
-    made = catalogue.provenance(store)
-    kept = [name for name in catalogue.elements(store) if not catalogue.is_result(made.get(name, {}))]
-    return {name: (made.get(name), catalogue.element_attributes(store, name)) for name in kept}
+    found = catalogue.Catalogue(store)
+    made = found.provenance
+    kept = [name for name in found.elements if not catalogue.is_result(made.get(name, {}))]
+    return {name: (made.get(name), found.attributes_of(name)) for name in kept}
 
 
 @contextmanager
