@@ -18,7 +18,8 @@ from stsr.signals import Interrupted, interruptible
 from stsr.store import catalogue
 from stsr.store.section import Section, open_section
 from stsr.store.workspace import Workspace
-from stsr.verbs.superres.job import check_included, configure_sampling, load, make_job, notes_on_result
+from stsr.verbs.superres.job import check_included, make_job, notes_on_result
+from stsr.verbs.superres.loading import configure_sampling, load
 from stsr.verbs.superres.loop import write_maps
 
 
