@@ -57,9 +57,10 @@ class Catalogue:
 
         Follows what a reader sees: the consolidated metadata if there is any, else the folders.
         """
-        groups = self._groups()
-        if groups is None:
+        if self.consolidated is None:
             groups = [f"{kind}/{child.name}" for kind in names.KINDS for child in _folders(self.path / kind)]
+        else:
+            groups = [key.removesuffix("/.zgroup") for key in self.consolidated]
         found = {}
         for group in groups:
             kind, _, element = group.partition("/")
@@ -67,15 +68,13 @@ class Catalogue:
                 found[element] = kind
         return found
 
-    def _groups(self) -> list[str] | None:
-        """Paths of all zarr groups and arrays in the consolidated metadata; None without it."""
+    @cached_property
+    def consolidated(self) -> dict[str, Any] | None:
+        """The consolidated metadata, {key: metadata}; None if there is none."""
         if zarr_format(self.path) == 2:
-            metadata = load_json(self.path / ".zmetadata").get("metadata")
-            if metadata is None:
-                return None
-            return [key.rpartition("/")[0] for key in metadata if key.endswith(".zgroup")]
-        consolidated = self._root.get("consolidated_metadata")
-        return None if consolidated is None else list(consolidated["metadata"])
+            return load_json(self.path / ".zmetadata").get("metadata")
+        found = self._root.get("consolidated_metadata")
+        return None if found is None else found["metadata"]
 
     @cached_property
     def provenance(self) -> dict[str, dict[str, Any]]:
@@ -193,16 +192,6 @@ def root_attributes(path: str | Path) -> dict[str, Any]:
     return Catalogue(Path(path)).attributes
 
 
-def element_attributes(path: str | Path, element: str) -> dict[str, Any]:
-    """Attributes of an element's zarr group; see `Catalogue.attributes_of`."""
-    return Catalogue(Path(path)).attributes_of(element)
-
-
-def image_metadata(path: str | Path, element: str) -> tuple[list[str], list[str]]:
-    """Array folders and channel names of an image or labels element; see `Catalogue.levels_of`."""
-    return Catalogue(Path(path)).levels_of(element)
-
-
 def provenance(path: str | Path) -> dict[str, dict[str, Any]]:
     """How each element that stsr wrote was made; see `Catalogue.provenance`."""
     return Catalogue(Path(path)).provenance
@@ -213,7 +202,7 @@ def is_result(entry: dict[str, Any]) -> bool:
     return entry.get("origin", names.MEASURED) in names.RESULTS
 
 
-def check_free(path: str | Path, outputs: list[str], overwrite: bool) -> None:
+def check_free(found: Catalogue, outputs: list[str], overwrite: bool) -> None:
     """Refuse to replace measured data, or results without ``overwrite``.
 
     Raises
@@ -223,7 +212,6 @@ def check_free(path: str | Path, outputs: list[str], overwrite: bool) -> None:
     StsrError
         If an element of that name was measured, or was not written by stsr.
     """
-    found = Catalogue(Path(path))
     made, store = found.provenance, found.path.name
     present = {name.lower(): name for name in found.elements}  # spatialdata compares names without case
     for name in outputs:

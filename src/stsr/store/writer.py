@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from stsr.errors import StsrError
 from stsr.files import disk_errors
 from stsr.geometry.grid import Grid
 from stsr.store import catalogue, names, publishing
+from stsr.store.catalogue import Catalogue
 from stsr.store.consolidated import consolidate
 from stsr.store.elements import Frame, placed
 from stsr.store.workspace import Workspace
@@ -88,7 +90,6 @@ class MapWriter:
         self._overwrite = overwrite
         self._work = Workspace(self.store, self.elements[0])
         self._arrays: dict[str, Any] = {}  # finest level of each element
-        self._paths: dict[str, list[str]] = {}  # of the levels of each element, fine to coarse
         self._done: dict[str, object] = {}
 
     @property
@@ -107,7 +108,7 @@ class MapWriter:
             self._work.keep = (self._work.path / _DIGEST).exists()  # a refusal costs no finished block
             try:
                 publishing.recover(self.store, self._work)
-                catalogue.check_free(self.store, self.elements, self._overwrite)
+                catalogue.check_free(Catalogue(self.store), self.elements, self._overwrite)
                 digest = self._digest()
                 if not self._resume(digest):
                     self._work.keep = False
@@ -204,11 +205,16 @@ class MapWriter:
         publishing.write_elements(self._work.new, {**tiny, **self._beside}, version)
         for element in self.elements:
             folder = self._work.new / "images" / element
-            paths, _ = catalogue.image_metadata(self._work.new, element)
-            for level, path in zip(levels, paths, strict=True):
+            for level, path in zip(levels, self._paths[element], strict=True):
                 shutil.rmtree(folder / path)
                 _allocate_array(folder, path, (len(self.genes), *level), version)
             _describe(folder, self.genes, levels)
+
+    @cached_property
+    def _paths(self) -> dict[str, list[str]]:
+        """Array folders of the levels of each element, fine to coarse; known once the elements are written."""
+        found = Catalogue(self._work.new)
+        return {element: found.levels_of(element)[0] for element in self.elements}
 
     def _tiny(self, levels: int) -> Any:
         """An image of one channel with the right transformation and number of levels."""
@@ -231,7 +237,6 @@ class MapWriter:
         import zarr
 
         for element in self.elements:
-            self._paths[element], _ = catalogue.image_metadata(self._work.new, element)
             finest = self._work.new / "images" / element / self._paths[element][0]
             self._arrays[element] = zarr.open_array(finest, mode="r+")
 

@@ -192,9 +192,9 @@ def _check_output(section: Section, output: str | Path | None) -> None:
 
 def _measured(store: Path) -> dict:
     """What identifies a section: its elements that are no result, with their provenance and attributes."""
-    made = catalogue.provenance(store)
-    kept = [name for name in catalogue.elements(store) if not catalogue.is_result(made.get(name, {}))]
-    return {name: (made.get(name), catalogue.element_attributes(store, name)) for name in kept}
+    found = catalogue.Catalogue(store)
+    kept = [name for name in found.elements if not catalogue.is_result(found.provenance.get(name, {}))]
+    return {name: (found.provenance.get(name), found.attributes_of(name)) for name in kept}
 
 
 @contextmanager
