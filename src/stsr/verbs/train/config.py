@@ -37,11 +37,23 @@ class TrainConfig:
     train_tile_lr
         Side of a training tile, low-resolution pixels.
     genes
-        0 for all genes that the sections share, a number for the most highly expressed, or names.
+        The panel: 0 for all genes that the sections share, a number for the most highly expressed (in the training
+        area), or names.
     spots
-        Kinds of simulated spots.
-    phases, depths, stain, flips, tissue, gap_lr
-        As in `stsr.verbs.train.tiles.TrainingTiles`.
+        Kinds of simulated spots, one drawn per tile: ``"square"``, ``"visium"``.
+    phases
+        Shifts of the low-resolution raster per axis, which vary the positions of the spots.
+    depths
+        Fractions of the transcripts to keep; each section is used once at every depth.
+    stain
+        Standard deviation of the random log gain of each channel's optical density.
+    flips
+        Whether tiles are rotated and mirrored.
+    tissue
+        Minimum fraction of a tile that lies in tissue.
+    gap_lr
+        Distance of training tiles from excluded and validation areas, low-resolution pixels. 0 for one tile, or less
+        if that would take more than a quarter of the training tiles, but at least 1.
     validate_every, validation_tiles
         Steps between validations, and maximum number of validation tiles.
     log_every

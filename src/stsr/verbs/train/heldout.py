@@ -11,6 +11,7 @@ from stsr.errors import UsageError
 from stsr.geometry.grid import Grid
 from stsr.methods.batch import Requirements
 from stsr.store.section import Section
+from stsr.verbs.train.config import TrainConfig
 
 _SNAP = 1e-6  # bins; a coordinate this close to the edge of a bin is on the edge
 _LEFT_OVER = 0.75  # fraction of the training tiles that an automatic gap must leave
@@ -197,19 +198,16 @@ class Plan:
 def plan_section(
     section: Section,
     requirements: Requirements,
+    config: TrainConfig,
     *,
-    regions: dict,
-    tile_lr: int,
     val: float,
-    gap_lr: int,
-    tissue: float,
-    phases: int,
+    regions: dict,
 ) -> Plan:
     """Place the tiles of a section, reading only its masks. Parameters are those of `TrainingTiles`."""
     assert section.image is not None, "check_section comes first"
     grid = section.grid(requirements.bin_um)
     per_lr = requirements.per_lr
-    side = tile_lr * per_lr
+    side = config.train_tile_lr * per_lr
     mask = _tissue_of(section, grid)
     covered = section.image.covered(grid)
     excluded = [Rectangle.of_um(bounds, grid) for bounds in regions.get("exclude", ())]
@@ -217,11 +215,11 @@ def plan_section(
     def usable(starts: np.ndarray) -> np.ndarray:
         if not len(starts):
             return starts
-        enough = window_shares(mask, starts, side) >= tissue
+        enough = window_shares(mask, starts, side) >= config.tissue
         return starts[enough & (window_shares(covered, starts, side) >= _COVERED)]
 
-    shifts = shifts_of(grid, phases, requirements)
-    windows = [usable(window_starts(grid, shift, tile_lr, per_lr)) for shift in shifts]
+    shifts = shifts_of(grid, config.phases, requirements)
+    windows = [usable(window_starts(grid, shift, config.train_tile_lr, per_lr)) for shift in shifts]
     first = windows[0]
     if "validation" in regions:
         blocks = [Rectangle.of_um(bounds, grid) for bounds in regions["validation"]]
@@ -235,7 +233,7 @@ def plan_section(
         inside |= block.holds(first, side)
     held_out = first[inside & far_from(first, side, excluded, 0)]
     apart = excluded + blocks
-    gap = gap_lr * per_lr or widest_gap(first, side, apart, per_lr)
+    gap = config.gap_lr * per_lr or widest_gap(first, side, apart, per_lr)
     starts = [window[far_from(window, side, apart, gap)] for window in windows]
     return Plan(section, grid, mask, excluded, shifts, starts, held_out, gap // per_lr)
 

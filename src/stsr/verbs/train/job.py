@@ -115,23 +115,7 @@ def make_job(
     requirements = chosen(method_config, ("gene",)).requirements  # the same for every panel
     for section in opened:
         check_section(section, requirements)
-    tiles = TrainingTiles(
-        opened,
-        requirements,
-        tile_lr=training.train_tile_lr,
-        genes=training.genes or None,
-        val=val,
-        regions=regions,
-        seed=seed,
-        spots=training.spots,
-        gap_lr=training.gap_lr,
-        tissue=training.tissue,
-        phases=training.phases,
-        depths=training.depths,
-        stain=training.stain,
-        flips=training.flips,
-        validation_tiles=training.validation_tiles,
-    )
+    tiles = TrainingTiles(opened, requirements, training, val=val, regions=regions, seed=seed)
     whole = {
         "stsr": __version__,
         "method": name,
