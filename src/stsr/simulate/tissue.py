@@ -114,11 +114,6 @@ class Tissue:
         all_of = self.transcripts
         return all_of.take((all_of.qv >= MIN_QV) & (all_of.feature < len(self.genes)))
 
-    def cell_counts(self) -> sparse.csr_matrix:
-        """Observed counts (cell, gene), int32, of good transcripts inside each cell's outline."""
-        inside = self.good.cell >= 0
-        return _tally(self.good.cell[inside], self.good.feature[inside], (len(self.cells), len(self.genes)))
-
     def counts(self, bin_um: float, x0_um: float, y0_um: float, nx: int, ny: int) -> np.ndarray:
         """Observed counts per bin.
 
@@ -182,7 +177,8 @@ class Tissue:
         members = tree.query_ball_point(np.asarray(centres_um, float), radius_um)
         disc = np.repeat(np.arange(len(members)), [len(m) for m in members])
         which = np.concatenate([np.asarray(m, np.int64) for m in members] or [np.empty(0, np.int64)])
-        return _tally(disc, self.good.feature[which], (len(members), len(self.genes)))
+        shape, ones = (len(members), len(self.genes)), np.ones(len(disc), np.int32)
+        return sparse.coo_matrix((ones, (disc, self.good.feature[which])), shape=shape).tocsr()
 
     def is_tissue(self, x_um: np.ndarray, y_um: np.ndarray) -> np.ndarray:
         """Whether points, um, lie on tissue instead of bare glass; False outside the section."""
@@ -260,11 +256,6 @@ def polygon_areas(outline_um: np.ndarray) -> np.ndarray:
     """Areas (n,) in um^2 of outlines (n, corner, 2), by the shoelace formula."""
     x, y = (outline_um - outline_um[:, :1]).transpose(2, 0, 1)
     return 0.5 * np.abs((x * np.roll(y, -1, 1) - y * np.roll(x, -1, 1)).sum(1))
-
-
-def _tally(row, column, shape) -> sparse.csr_matrix:
-    ones = np.ones(len(row), np.int32)
-    return sparse.coo_matrix((ones, (row, column)), shape=shape).tocsr()
 
 
 def _rates(table: GeneTable, morphology: Morphology, cells: Cells, rng) -> np.ndarray:

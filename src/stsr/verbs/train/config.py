@@ -13,6 +13,13 @@ from stsr.methods.method import Method, check_not_negative, check_positive, conf
 from stsr.verbs.train.section import SPOT_KINDS
 
 _GROUPS = ("train", "method")
+_ACCEPTED: dict[type, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    str: (str, "text"),
+}
+"""Type of a default: types of values that replace it, and their name."""
 
 
 @dataclass(frozen=True)
@@ -235,16 +242,7 @@ def _fitting(name: str, value: Any, default: Any) -> Any:
         return value if isinstance(value, int) else tuple([value] if isinstance(value, str) else value)
     if isinstance(default, tuple):
         return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if isinstance(default, bool):
-        right, what = isinstance(value, bool), "true or false"
-    elif isinstance(default, int):
-        right, what = isinstance(value, int) and not isinstance(value, bool), "a whole number"
-    elif isinstance(default, float):
-        right, what = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
-    elif isinstance(default, str):
-        right, what = isinstance(value, str), "a word"
-    else:
-        return value
-    if not right:
+    accepted, what = _ACCEPTED[type(default)]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and not isinstance(default, bool)):
         raise UsageError(f"{name} must be {what}, not {value!r}")
     return float(value) if isinstance(default, float) else value
