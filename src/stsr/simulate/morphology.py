@@ -222,8 +222,6 @@ class Cells:
     x_um, y_um : (n,) float64 arrays
     type_index : (n,) int array
         Index into `genes.CELL_TYPES`.
-    turn_rad : (n,) float array
-        Direction of the long axis.
     outline_um, nucleus_um : (n, CORNERS, 2) float64 arrays
         Convex outlines (x, y). Cells do not overlap, and a nucleus lies inside its cell.
     """
@@ -231,7 +229,6 @@ class Cells:
     x_um: np.ndarray
     y_um: np.ndarray
     type_index: np.ndarray
-    turn_rad: np.ndarray
     outline_um: np.ndarray
     nucleus_um: np.ndarray
 
@@ -312,7 +309,6 @@ def _outlined(x_um, y_um, kind, turn, extent_um, rng) -> Cells:
         x_um,
         y_um,
         kind,
-        np.mod(turn, np.pi),
         centre + reach[..., None] * spokes,
         centre + nucleus[..., None] * spokes,
     )

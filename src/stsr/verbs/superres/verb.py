@@ -25,32 +25,23 @@ from stsr.verbs.superres.loop import write_maps
 
 @dataclass(frozen=True)
 class Superres:
-    """What `superres` wrote.
-
-    Attributes
-    ----------
-    store
-        The section's store.
-    element, spread
-        Names of the map and of the spread over samples (None for a single sample).
-    genes
-        Number of genes.
-    consistency_error
-        Largest relative error of a gene, ``sum |map over spot - count| / sum count``, over the spots that lie whole
-        in the map and its support; None if maps were not corrected or there is no such spot.
-    seconds
-        Time it took.
-    notes
-        What the user should know.
-    """
+    """What `superres` wrote."""
 
     store: Path
+    """The store with the map: the section's own or a copy."""
     element: str
+    """Name of the map."""
     spread: str | None
+    """Name of the spread over samples; None for a single sample."""
     genes: int
+    """Number of genes."""
     consistency_error: float | None
+    """Largest relative error of a gene, ``sum |map over spot - count| / sum count``, over the spots that lie entirely
+    inside the map and its support; None if maps were not corrected or there is no such spot."""
     seconds: float
+    """Run time."""
     notes: list[str]
+    """Remarks for the user."""
 
 
 def superres(

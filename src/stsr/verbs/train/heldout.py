@@ -148,36 +148,22 @@ def choose_block(
 
 @dataclass(frozen=True)
 class Plan:
-    """Positions of a section's tiles.
-
-    Attributes
-    ----------
-    section
-        The `Section`.
-    grid
-        Its bins.
-    tissue
-        (height, width) bool.
-    excluded
-        Rectangles that are not used at all.
-    shifts
-        First bins (row, column) of the low-resolution rasters.
-    starts
-        First bins (n, 2) of the training tiles on each raster.
-    held_out
-        First bins (n, 2) of the validation tiles, on the unshifted raster.
-    gap_lr
-        Gap between training tiles and the other areas, low-resolution pixels.
-    """
+    """Positions of a section's tiles."""
 
     section: Section
     grid: Grid
     tissue: np.ndarray
+    """(height, width) bool."""
     excluded: list[Rectangle]
+    """Rectangles that are not used at all."""
     shifts: list[tuple[int, int]]
+    """First bins (row, column) of the low-resolution rasters."""
     starts: list[np.ndarray]
+    """First bins (n, 2) of the training tiles on each raster."""
     held_out: np.ndarray
+    """First bins (n, 2) of the validation tiles, on the unshifted raster."""
     gap_lr: int
+    """Gap between training tiles and the other areas, low-resolution pixels."""
 
     def seen(self, margin: int) -> np.ndarray:
         """All bins except the excluded ones and ``margin`` bins around them: (height, width) bool."""
