@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 LR_UM = 100.0
 """Pitch of the low-resolution raster: the spot distance of Visium."""
+
+Array = TypeVar("Array")
+"""A numpy array or a torch tensor."""
 
 _SNAP = 1e-6  # um; points closer than this to a bin edge lie on it
 
@@ -184,13 +188,14 @@ def bins_per_lr(bin_um: float, lr_um: float = LR_UM) -> int:
     return round(per_lr)
 
 
-def add_up(values: np.ndarray, factor: int) -> np.ndarray:
+def add_up(values: Array, factor: int) -> Array:
     """Sum blocks of ``factor`` x ``factor`` bins: (..., y, x) -> (..., y / factor, x / factor).
 
     For numpy arrays and torch tensors. Counts at 10 um become exact counts at 20 um.
     """
     if factor == 1:
         return values
-    *lead, height, width = values.shape
-    blocks = values.reshape(*lead, height // factor, factor, width // factor, factor)
+    whole: Any = values
+    *lead, height, width = whole.shape
+    blocks = whole.reshape(*lead, height // factor, factor, width // factor, factor)
     return blocks.sum(-1).sum(-2)  # (..., y / factor, x / factor)

@@ -61,7 +61,7 @@ class SuperresJob:
     element: str
     """Name of the map."""
     notes: list[str]
-    """What the user should know before the work begins."""
+    """Remarks for the user before the work begins."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """How the maps are made, JSON-able."""
 
