@@ -127,7 +127,7 @@ def test_outside_is_fill_and_not_covered():
     rgb, covered = image.read(grid), image.covered(grid)
     assert covered.sum() == 100 and covered[5:15, 5:15].all()
     assert (rgb[:, covered] == 7).all() and (rgb[:, ~covered] == 255).all()
-    assert (image.read(Grid(5000, 5000, 10, 3, 3), fill=9) == 9).all()
+    assert (image.read(Grid(5000, 5000, 10, 3, 3)) == 255).all()
 
 
 @pytest.mark.parametrize("shape", [(4, 40, 30), (1, 40, 30)])

@@ -115,7 +115,7 @@ class Image:
         v = d * np.asarray(x_um) + e * np.asarray(y_um) + f
         return (u >= -_SLACK) & (u <= self.width + _SLACK) & (v >= -_SLACK) & (v <= self.height + _SLACK)
 
-    def read(self, grid: Grid, fill: int = 255) -> np.ndarray:
+    def read(self, grid: Grid) -> np.ndarray:
         """Resample the image on a grid.
 
         Where a bin is larger than a pixel, pixels are averaged over its area; where it is smaller, they are
@@ -124,16 +124,14 @@ class Image:
         Parameters
         ----------
         grid
-            ``grid.bin_um`` is the um per pixel of the result.
-        fill
-            Value of bins outside the image: 255 is the white of the slide.
+            ``grid.bin_um`` is the um per pixel of the result. Bins outside the image are 255, the white of the slide.
 
         Returns
         -------
         rgb
             (3, height, width) uint8.
         """
-        rgb = np.full((3, *grid.shape), fill, dtype=np.uint8)
+        rgb = np.full((3, *grid.shape), 255, dtype=np.uint8)
         level = self._level_for(grid.bin_um)
         covered = self.covered(grid)
         for rows, columns in _blocks(grid, level):
