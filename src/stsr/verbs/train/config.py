@@ -184,7 +184,7 @@ def resolve(
 
     def put(key: str, value: Any) -> None:
         group, name = _home(key, classes)
-        chosen[group][name] = _fitting(name, value, _default(classes[group], name))
+        chosen[group][name] = _fitting(name, value, getattr(classes[group], name))
 
     for key, value in config.items():
         if key in _GROUPS and isinstance(value, Mapping):
@@ -224,10 +224,6 @@ def _parsed(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return [_parsed(part.strip()) for part in text.split(",") if part.strip()] if "," in text else text
-
-
-def _default(config_class: type, name: str) -> Any:
-    return next(field.default for field in fields(config_class) if field.name == name)
 
 
 def _fitting(name: str, value: Any, default: Any) -> Any:

@@ -234,32 +234,21 @@ def _tissue_of(section: Section, grid: Grid) -> np.ndarray:
 
 def _block(corner: int, size: int, height: int, width: int) -> Rectangle:
     """Blocks 0 to 3 are squares at the corners, 4 to 7 bands at the ends."""
-    tall, wide = min(size, height), min(size, width)
-    if corner < 4:
-        top = 0 if corner < 2 else height - tall
-        left = 0 if corner % 2 == 0 else width - wide
-        return Rectangle(top, left, top + tall, left + wide)
-    if corner < 6:
-        top = 0 if corner == 4 else height - tall
-        return Rectangle(top, 0, top + tall, width)
-    left = 0 if corner == 6 else width - wide
-    return Rectangle(0, left, height, left + wide)
+    tall = height if corner >= 6 else min(size, height)
+    wide = width if corner in (4, 5) else min(size, width)
+    top = 0 if corner in (0, 1, 4) else height - tall
+    left = 0 if corner in (0, 2, 6) else width - wide
+    return Rectangle(top, left, top + tall, left + wide)
 
 
 def shifts_of(grid: Grid, per_axis: int, requirements: Requirements) -> list[tuple[int, int]]:
     """First bins of the low-resolution rasters: ``per_axis`` shifts in y and in x, by whole image pixels."""
     step = max(1, round(requirements.image_um / requirements.bin_um))
     starts = sorted({number * requirements.per_lr // per_axis // step * step for number in range(per_axis)})
-
-    def fits(start: int, size: int) -> bool:
-        return size - start >= requirements.per_lr
-
-    return [
-        (row, column)
-        for row in starts
-        for column in starts
-        if fits(row, grid.height) and fits(column, grid.width)
-    ]
+    rows, columns = (
+        [start for start in starts if size - start >= requirements.per_lr] for size in grid.shape
+    )
+    return [(row, column) for row in rows for column in columns]
 
 
 def window_starts(grid: Grid, shift: tuple[int, int], side_lr: int, per_lr: int) -> np.ndarray:
