@@ -37,27 +37,19 @@ _POINTS_PER_CELL = 512  # of the quadrature behind `Tissue.expected`
 
 @dataclass(frozen=True)
 class Transcripts:
-    """All decoded transcripts, one entry each, ordered by field of view.
-
-    Attributes
-    ----------
-    x_um, y_um, z_um : (n,) float32 arrays
-    qv : (n,) float32 array
-        Quality; transcripts below `MIN_QV` are not counted.
-    feature : (n,) int16 array
-        Index into `Tissue.features`: genes first, then controls.
-    cell : (n,) int32 array
-        Index of the cell, -1 outside every cell.
-    in_nucleus : (n,) bool array
-    """
+    """All decoded transcripts, one entry (n,) each, ordered by field of view; positions and qv are float32."""
 
     x_um: np.ndarray
     y_um: np.ndarray
     z_um: np.ndarray
     qv: np.ndarray
+    """Quality; transcripts below `MIN_QV` are not counted."""
     feature: np.ndarray
+    """int16: index into `Tissue.features`, genes first, then controls."""
     cell: np.ndarray
+    """int32: index of the cell, -1 outside every cell."""
     in_nucleus: np.ndarray
+    """bool."""
 
     def __len__(self) -> int:
         return len(self.x_um)
@@ -69,20 +61,7 @@ class Transcripts:
 
 @dataclass(frozen=True)
 class Tissue:
-    """A simulated section and its truth, in um from (0, 0), x to the right and y down.
-
-    Attributes
-    ----------
-    width_um, height_um : float
-    table : GeneTable
-    morphology : Morphology
-    cells : Cells
-    rates : (cell, gene) float32 array
-        Expected good-quality counts of every cell, including transcripts that drift out of it.
-    transcripts : Transcripts
-    texture_seed : int
-        Seed of the image's texture (staining, fibres, sensor noise).
-    """
+    """A simulated section and its truth, in um from (0, 0), x to the right and y down."""
 
     width_um: float
     height_um: float
@@ -90,8 +69,10 @@ class Tissue:
     morphology: Morphology
     cells: Cells
     rates: np.ndarray = field(repr=False)
+    """(cell, gene) float32: expected good-quality counts of every cell, including transcripts that drift out of it."""
     transcripts: Transcripts
     texture_seed: int
+    """Seed of the image's texture (staining, fibres, sensor noise)."""
 
     @property
     def genes(self) -> tuple[str, ...]:
