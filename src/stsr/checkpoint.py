@@ -30,24 +30,16 @@ _DIGITS = 12  # of the sha256: 48 bits identify a checkpoint and fit in a table
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained method and its origin.
-
-    Attributes
-    ----------
-    method
-        In eval mode, on the requested device.
-    name
-        The method's name, as in `stsr.methods.METHODS`.
-    provenance
-        Training data, their licence, and training settings.
-    digest
-        First 12 digits of the file's sha256.
-    """
+    """A trained method and its origin."""
 
     method: Method
+    """In eval mode, on the requested device."""
     name: str
+    """The method's name, as in `stsr.methods.METHODS`."""
     provenance: dict
+    """Training data, their licence, and training settings."""
     digest: str
+    """First 12 digits of the file's sha256."""
 
 
 def save(path: str | Path, method: Method, name: str, provenance: dict, storage: str = "float32") -> Path:

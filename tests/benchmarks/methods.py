@@ -30,6 +30,7 @@ import stsr
 from stsr import metrics
 from stsr.methods.batch import Requirements
 from stsr.store.section import open_section
+from stsr.verbs.train.config import TrainConfig
 from stsr.verbs.train.heldout import Rectangle
 from stsr.verbs.train.tiles import TrainingTiles
 
@@ -191,13 +192,10 @@ class Trainer:
 
     def _choose_panel(self) -> dict[str, float]:
         """The most expressed genes, and their mean counts per 100 um pixel over training tissue."""
+        chosen = {key: SETTINGS[key] for key in ("gap_lr", "validation_tiles")}
+        config = TrainConfig(genes=self.genes, **chosen)
         tiles = TrainingTiles(
-            [open_section(store) for store in self.stores],
-            Requirements(()),
-            genes=self.genes,
-            regions=REGIONS,
-            gap_lr=SETTINGS["gap_lr"],
-            validation_tiles=SETTINGS["validation_tiles"],
+            [open_section(store) for store in self.stores], Requirements(()), config, regions=REGIONS
         )
         return dict(zip(tiles.panel, tiles.reference.tolist(), strict=True))
 

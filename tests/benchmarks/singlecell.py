@@ -189,7 +189,7 @@ def find_nuclei(store: Path | None) -> None:
     tissue = simulate_tissue(500, 400, seed=3)
     true = tissue.cells.nucleus_um.mean(1)
     for px_um in (0.25, 0.5, 1.0, 2.0, 2.5):
-        image = Image([render_he(tissue, px_um)], image_frame(tissue, px_um)[0], "yxc")
+        image = Image([np.moveaxis(render_he(tissue, px_um), 2, 0)], image_frame(tissue, px_um)[0])
         found = nuclei.find_nuclei(image, (0.0, 0.0, 500.0, 400.0), 3.0, lambda *_: None)
         near = cKDTree(found.centres_um).query(true)[0] < 4
         print(

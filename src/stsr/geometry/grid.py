@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 LR_UM = 100.0
 """Pitch of the low-resolution raster: the spot distance of Visium."""
+
+Array = TypeVar("Array")
+"""A numpy array or a torch tensor."""
 
 _SNAP = 1e-6  # um; points closer than this to a bin edge lie on it
 
@@ -48,9 +52,7 @@ class Grid:
             raise ValueError(f"a grid needs at least one bin, not {self.height} x {self.width}")
 
     @classmethod
-    def covering(
-        cls, bounds_um: tuple[float, float, float, float], bin_um: float, lr_um: float = LR_UM
-    ) -> Grid:
+    def covering(cls, bounds_um: tuple[float, float, float, float], bin_um: float) -> Grid:
         """The smallest grid of whole low-resolution pixels over ``(x0, y0, x1, y1)``.
 
         It starts at the corner (x0, y0).
@@ -60,10 +62,10 @@ class Grid:
         ValueError
             If the low-resolution pixel is not a multiple of the bin.
         """
-        per_lr = bins_per_lr(bin_um, lr_um)
+        per_lr = bins_per_lr(bin_um)
         x0, y0, x1, y1 = bounds_um
-        columns = max(1, int(np.ceil((x1 - x0) / lr_um - _SNAP)))
-        rows = max(1, int(np.ceil((y1 - y0) / lr_um - _SNAP)))
+        columns = max(1, int(np.ceil((x1 - x0) / LR_UM - _SNAP)))
+        rows = max(1, int(np.ceil((y1 - y0) / LR_UM - _SNAP)))
         return cls(float(x0), float(y0), float(bin_um), rows * per_lr, columns * per_lr)
 
     @classmethod
@@ -159,7 +161,7 @@ class Grid:
             raise ValueError("the bins of these grids do not coincide")
         return round(row), round(column)
 
-    def crop_um(self, x0: float, y0: float, x1: float, y1: float, lr_um: float = LR_UM) -> Grid:
+    def crop_um(self, x0: float, y0: float, x1: float, y1: float) -> Grid:
         """The window of whole low-resolution pixels that covers a region, um, clipped to the grid.
 
         Raises
@@ -167,19 +169,15 @@ class Grid:
         ValueError
             If the region does not overlap the grid.
         """
-        per_lr = bins_per_lr(self.bin_um, lr_um)
-        first_column = int(np.clip(np.floor((x0 - self.x0_um) / lr_um + _SNAP), 0, self.width // per_lr))
-        first_row = int(np.clip(np.floor((y0 - self.y0_um) / lr_um + _SNAP), 0, self.height // per_lr))
-        last_column = int(np.clip(np.ceil((x1 - self.x0_um) / lr_um - _SNAP), 0, self.width // per_lr))
-        last_row = int(np.clip(np.ceil((y1 - self.y0_um) / lr_um - _SNAP), 0, self.height // per_lr))
-        if last_row <= first_row or last_column <= first_column:
+        per_lr = bins_per_lr(self.bin_um)
+        most = np.array(self.shape) // per_lr
+        first = np.array([y0 - self.y0_um, x0 - self.x0_um]) / LR_UM + _SNAP
+        last = np.array([y1 - self.y0_um, x1 - self.x0_um]) / LR_UM - _SNAP
+        first, last = np.clip(np.floor(first), 0, most), np.clip(np.ceil(last), 0, most)
+        if (last <= first).any():
             raise ValueError("the region lies outside the section")
-        return self.window(
-            first_row * per_lr,
-            first_column * per_lr,
-            (last_row - first_row) * per_lr,
-            (last_column - first_column) * per_lr,
-        )
+        row, column, height, width = (np.concatenate([first, last - first]) * per_lr).astype(int).tolist()
+        return self.window(row, column, height, width)
 
 
 def bins_per_lr(bin_um: float, lr_um: float = LR_UM) -> int:
@@ -196,13 +194,14 @@ def bins_per_lr(bin_um: float, lr_um: float = LR_UM) -> int:
     return round(per_lr)
 
 
-def add_up(values: np.ndarray, factor: int) -> np.ndarray:
+def add_up(values: Array, factor: int) -> Array:
     """Sum blocks of ``factor`` x ``factor`` bins: (..., y, x) -> (..., y / factor, x / factor).
 
     For numpy arrays and torch tensors. Counts at 10 um become exact counts at 20 um.
     """
     if factor == 1:
         return values
-    *lead, height, width = values.shape
-    blocks = values.reshape(*lead, height // factor, factor, width // factor, factor)
+    whole: Any = values
+    *lead, height, width = whole.shape
+    blocks = whole.reshape(*lead, height // factor, factor, width // factor, factor)
     return blocks.sum(-1).sum(-2)  # (..., y / factor, x / factor)

@@ -116,14 +116,10 @@ def grid_around(centres_um: np.ndarray, size_um: float, bin_um: float) -> Grid:
     return Grid.covering((x0 - around, y0 - around, x1 + around, y1 + around), bin_um)
 
 
-def hexagonal_lattice(
-    bounds_um: tuple[float, float, float, float],
-    pitch_um: float = VISIUM_PITCH_UM,
-    diameter_um: float = VISIUM_SPOT_UM,
-) -> np.ndarray:
-    """Centres (n, 2) of a hexagonal lattice whose discs lie inside the bounds, row by row, um."""
+def hexagonal_lattice(bounds_um: tuple[float, float, float, float]) -> np.ndarray:
+    """Centres (n, 2) of Visium's hexagonal lattice, whose discs lie inside the bounds, row by row, um."""
     x0, y0, x1, y1 = bounds_um
-    radius = diameter_um / 2
+    radius, pitch_um = VISIUM_SPOT_UM / 2, VISIUM_PITCH_UM
     ys = np.arange(y0 + radius, y1 - radius + 1e-9, pitch_um * np.sqrt(3) / 2)
     rows = []
     for number, y in enumerate(ys):

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
 from stsr.geometry.grid import LR_UM, Grid
-from stsr.geometry.lattice import VISIUM_PITCH_UM, VISIUM_SPOT_UM, hexagonal_lattice, median_pitch
+from stsr.geometry.lattice import VISIUM_SPOT_UM, hexagonal_lattice, median_pitch
 
 _SUBSAMPLES = 16  # points per side of a bin, for the fraction that a disc covers; accurate to 0.4 % of a bin
 _NEIGHBOURS = 6  # surrounding spots of a bin between spots: the corners of a hexagon
@@ -58,11 +58,9 @@ class Measurement:
         )
 
     @classmethod
-    def hexagonal(
-        cls, grid: Grid, pitch_um: float = VISIUM_PITCH_UM, diameter_um: float = VISIUM_SPOT_UM
-    ) -> Measurement:
+    def hexagonal(cls, grid: Grid) -> Measurement:
         """Visium's hexagonal lattice over the grid, with the spots that lie wholly inside."""
-        return cls.discs(grid, hexagonal_lattice(grid.bounds_um, pitch_um, diameter_um), diameter_um)
+        return cls.discs(grid, hexagonal_lattice(grid.bounds_um))
 
     @property
     def spots(self) -> int:

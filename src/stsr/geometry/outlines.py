@@ -75,14 +75,19 @@ def rings(ids: np.ndarray, xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ids, outlines
         Cells and their outlines (n,).
     """
+    owner, outlines = single_rings(ids, xy)
+    unique, cell = np.unique(owner, return_inverse=True)
+    if len(unique) < len(outlines):
+        return unique, united(outlines, cell)
+    return owner, outlines
+
+
+def single_rings(ids: np.ndarray, xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cell and outline of each ring (n,) of consecutive vertices; parameters are those of `rings`."""
     ring = np.concatenate([[0], np.cumsum(ids[1:] != ids[:-1])])
     enough = np.bincount(ring)[ring] >= 3  # fewer vertices enclose nothing
     _, first, ring = np.unique(ring[enough], return_index=True, return_inverse=True)
-    outlines = shapely.polygons(shapely.linearrings(xy[enough], indices=ring))
-    unique, cell = np.unique(ids[enough][first], return_inverse=True)
-    if len(unique) < len(outlines):
-        return unique, united(outlines, cell)
-    return ids[enough][first], outlines
+    return ids[enough][first], shapely.polygons(shapely.linearrings(xy[enough], indices=ring))
 
 
 def areas(geometry: GeoDataFrame) -> np.ndarray:

@@ -52,12 +52,10 @@ class Image:
     Parameters
     ----------
     levels
-        Arrays from fine to coarse, all of the same area. 8 bit, 16 bit or float in 0..1; three or four channels (the
-        fourth is ignored) or one (grey).
+        Arrays (c, y, x) from fine to coarse, all of the same area. 8 bit, 16 bit or float in 0..1; three or four
+        channels (the fourth is ignored) or one (grey).
     px_to_um
         Affine (3, 3) from (x, y, 1) in pixels of ``levels[0]`` to (x, y, 1) in um. It may mirror, rotate and shear.
-    axes
-        ``"cyx"`` or ``"yxc"`` (as in most TIFF files), or ``"yx"``.
     path
         File that the image comes from, if any.
 
@@ -67,19 +65,16 @@ class Image:
         If the affine cannot be inverted, or the arrays are not an image.
     """
 
-    def __init__(
-        self, levels: Sequence[Pixels], px_to_um: np.ndarray, axes: str = "cyx", path: Path | None = None
-    ):
-        if not levels or any(len(level.shape) != len(axes) for level in levels):
-            raise StsrError(f"an image needs arrays with axes {axes}; check the image file")
+    def __init__(self, levels: Sequence[Pixels], px_to_um: np.ndarray, path: Path | None = None):
+        if not levels or any(len(level.shape) != 3 for level in levels):
+            raise StsrError("an image needs arrays with axes cyx; check the image file")
         self.px_to_um = np.asarray(px_to_um, dtype=np.float64)
         determinant = np.linalg.det(self.px_to_um[:2, :2]) if self.px_to_um.shape == (3, 3) else 0.0
         if not np.isfinite(self.px_to_um).all() or abs(determinant) < 1e-12:
             raise StsrError("the alignment of the image cannot be inverted; check the alignment file")
         self.levels = list(levels)
         self.path = path
-        self._axes = axes
-        self.height, self.width = self._size(levels[0])
+        self.height, self.width = levels[0].shape[1:]
         self._levels = [self._level(array) for array in levels]
         self._white = _white(levels[-1])
 
@@ -98,7 +93,7 @@ class Image:
 
     def moved(self, px_to_um: np.ndarray) -> Image:
         """The same pixels under another affine (3, 3) from pixels to um."""
-        return Image(self.levels, px_to_um, self._axes, self.path)
+        return Image(self.levels, px_to_um, self.path)
 
     def overview(self, um_per_px: float) -> Image:
         """A small copy in memory, for checks that sample the image many times."""
@@ -120,7 +115,7 @@ class Image:
         v = d * np.asarray(x_um) + e * np.asarray(y_um) + f
         return (u >= -_SLACK) & (u <= self.width + _SLACK) & (v >= -_SLACK) & (v <= self.height + _SLACK)
 
-    def read(self, grid: Grid, fill: int = 255) -> np.ndarray:
+    def read(self, grid: Grid) -> np.ndarray:
         """Resample the image on a grid.
 
         Where a bin is larger than a pixel, pixels are averaged over its area; where it is smaller, they are
@@ -129,16 +124,14 @@ class Image:
         Parameters
         ----------
         grid
-            ``grid.bin_um`` is the um per pixel of the result.
-        fill
-            Value of bins outside the image: 255 is the white of the slide.
+            ``grid.bin_um`` is the um per pixel of the result. Bins outside the image are 255, the white of the slide.
 
         Returns
         -------
         rgb
             (3, height, width) uint8.
         """
-        rgb = np.full((3, *grid.shape), fill, dtype=np.uint8)
+        rgb = np.full((3, *grid.shape), 255, dtype=np.uint8)
         level = self._level_for(grid.bin_um)
         covered = self.covered(grid)
         for rows, columns in _blocks(grid, level):
@@ -150,12 +143,8 @@ class Image:
             np.copyto(rgb[:, rows, columns], values, where=inside)
         return rgb
 
-    def _size(self, array: Pixels) -> tuple[int, int]:
-        y = self._axes.index("y")
-        return int(array.shape[y]), int(array.shape[y + 1])
-
     def _level(self, array: Pixels) -> _Level:
-        height, width = self._size(array)
+        height, width = array.shape[1:]
         scale = np.diag([self.width / width, self.height / height, 1.0])
         to_um = self.px_to_um @ scale
         return _Level(array, height, width, np.linalg.inv(to_um), um_per_px_of(to_um))
@@ -189,9 +178,8 @@ class Image:
         """A window (3, height, width) in 0..255; beyond the image its edge is repeated."""
         rows = np.clip((top, top + height), 0, level.height)
         columns = np.clip((left, left + width), 0, level.width)
-        index = {"c": slice(None), "y": slice(*rows), "x": slice(*columns)}
-        window = np.asarray(level.array[tuple(index[axis] for axis in self._axes)])
-        window = _three_channels(window, self._axes)
+        window = np.asarray(level.array[:, slice(*rows), slice(*columns)])
+        window = window[:3] if window.shape[0] >= 3 else np.repeat(window[:1], 3, axis=0)  # (3, y, x)
         if self._white != 255:
             window = window.astype(np.float32) * (255 / self._white)
         around_y = (rows[0] - top, top + height - rows[1])
@@ -207,14 +195,6 @@ def um_per_px_of(px_to_um: np.ndarray) -> float:
 def scaling(um_per_px: float) -> np.ndarray:
     """Affine (3, 3) of an image whose corner is the origin."""
     return np.diag([um_per_px, um_per_px, 1.0])
-
-
-def _three_channels(window: np.ndarray, axes: str) -> np.ndarray:
-    if axes == "yx":
-        window = window[None]
-    elif axes == "yxc":
-        window = np.moveaxis(window, 2, 0)
-    return window[:3] if window.shape[0] >= 3 else np.repeat(window[:1], 3, axis=0)  # (3, y, x)
 
 
 def _white(array: Pixels) -> float:

@@ -95,22 +95,16 @@ class DiffSTConfig(DiffusionConfig):
 
 @dataclass(frozen=True)
 class Features:
-    """Features of a tile that condition the denoiser.
-
-    Attributes
-    ----------
-    condition
-        (b, c, H, W), for the denoiser.
-    shared, unique
-        (S_y, S_h) and (U_y, U_h), (b, f, H, W) each, for the disentangling loss.
-    expected
-        (b, p, H, W) expected x0 of the panel, without sampling; None if the model does not know it.
-    """
+    """Features of a tile that condition the denoiser."""
 
     condition: torch.Tensor
+    """(b, c, H, W), for the denoiser."""
     shared: tuple[torch.Tensor, torch.Tensor]
+    """(S_y, S_h), (b, f, H, W) each, for the disentangling loss."""
     unique: tuple[torch.Tensor, torch.Tensor]
+    """(U_y, U_h), likewise."""
     expected: torch.Tensor | None = None
+    """(b, p, H, W) expected x0 of the panel, without sampling; None if the model does not know it."""
 
 
 class DiffST(DiffusionMethod):

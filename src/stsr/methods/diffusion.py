@@ -195,12 +195,10 @@ class DiffusionMethod(Method):
 
     Parameters
     ----------
-    config
-        Settings; the defaults of the method if None.
+    config, reference
+        As in `Method`.
     panel
         Ordered gene names; at least one.
-    reference
-        As in `Method`.
 
     Attributes
     ----------
@@ -222,12 +220,11 @@ class DiffusionMethod(Method):
     def __init__(
         self, config: DiffusionConfig | None, panel: tuple[str, ...], reference: np.ndarray | None = None
     ):
-        config = config or self.Config()
         super().__init__(config, panel, reference)
         if not panel:
             raise ValueError(f"the panel is empty; {type(self).__name__} needs at least one gene")
-        self.sampling = Sampling(config.sampler, config.steps, config.guidance)
-        self.denoising = Denoising(config)
+        self.sampling = Sampling(self.config.sampler, self.config.steps, self.config.guidance)
+        self.denoising = Denoising(self.config)
 
     @property
     def requirements(self) -> Requirements:

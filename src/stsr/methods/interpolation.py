@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from stsr.diffusion.noise import TileNoise
@@ -24,14 +23,6 @@ class Interpolation(Method):
     Config = InterpolationConfig
     learns = False
     mode: ClassVar[str]
-
-    def __init__(
-        self,
-        config: InterpolationConfig | None = None,
-        panel: tuple[str, ...] = (),
-        reference: np.ndarray | None = None,
-    ):
-        super().__init__(config or InterpolationConfig(), panel, reference)
 
     def predict(
         self, batch: Batch, noise: TileNoise | None, features: None = None, drawn: None = None

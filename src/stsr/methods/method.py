@@ -27,7 +27,7 @@ class Method(nn.Module, ABC):
     Parameters
     ----------
     config
-        The method's settings.
+        The method's settings; the defaults if None.
     panel
         Ordered gene names.
     reference
@@ -42,9 +42,9 @@ class Method(nn.Module, ABC):
     """True if predictions depend on noise."""
     reference: torch.Tensor
 
-    def __init__(self, config: Any, panel: tuple[str, ...], reference: np.ndarray | None = None):
+    def __init__(self, config: Any = None, panel: tuple[str, ...] = (), reference: np.ndarray | None = None):
         super().__init__()
-        self.config = config
+        self.config = config or self.Config()
         self.panel = tuple(panel)
         values = np.ones(len(panel)) if reference is None else np.asarray(reference)
         self.register_buffer(

@@ -60,27 +60,18 @@ class Transcripts:
 
 @dataclass(frozen=True)
 class Spots:
-    """Measured spots.
-
-    Parameters
-    ----------
-    centres_um
-        (n, 2) as x, y, um.
-    shape
-        ``"disc"`` or ``"square"``.
-    size_um
-        Diameter or side, um.
-    counts
-        AnnData (n, genes) of raw counts; ``obs_names`` are the spots' names.
-    origin
-        ``"measured"`` or ``"simulated"``.
-    """
+    """Measured spots."""
 
     centres_um: np.ndarray
+    """(n, 2) as x, y, um."""
     shape: str
+    """``"disc"`` or ``"square"``."""
     size_um: float
+    """Diameter or side, um."""
     counts: AnnData
+    """AnnData (n, genes) of raw counts; ``obs_names`` are the spots' names."""
     origin: str = "measured"
+    """``"measured"`` or ``"simulated"``."""
 
 
 @dataclass(frozen=True)
@@ -96,33 +87,22 @@ class Options:
 
 @dataclass(frozen=True)
 class Source:
-    """One section as read by a platform.
-
-    Parameters
-    ----------
-    name, platform
-        Names of the section and of the technology.
-    genes
-        Panel, in order; empty for a section with an image only.
-    image
-        The H&E, or None.
-    transcripts, spots, cells
-        Measurements, each None if not available.
-    warnings
-        Warnings for the user.
-    facts
-        For provenance: versions, units, files.
-    """
+    """One section as read by a platform; a measurement is None if not available."""
 
     name: str
     platform: str
+    """Name of the technology."""
     genes: list[str]
+    """Panel, in order; empty for a section with an image only."""
     image: Image | None = None
+    """The H&E."""
     transcripts: Transcripts | None = None
     spots: Spots | None = None
     cells: Cells | None = None
     warnings: list[str] = field(default_factory=list)
+    """For the user."""
     facts: dict[str, Any] = field(default_factory=dict)
+    """For provenance: versions, units, files."""
 
 
 CONTROLS = (

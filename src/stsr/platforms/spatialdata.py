@@ -100,7 +100,7 @@ def _image(section: Section, options: Options) -> Image | None:
     name = names.HE if names.HE in images else discovery.find_image(section.sdata, section.frame)
     if name is None:
         return None
-    px_to_um = discovery.affine(images[name], section.frame.name, section.frame.um_per_unit)
+    px_to_um = section.to_um(images[name])
     he.check_pixel(px_to_um, None, f"image {name} in {section.path.name}")
     # Not through spatialdata: reading damaged data from these arrays raises a StsrError.
     stored = [da.from_array(array, array.chunks, name=False) for array in section.arrays("images", name)]
@@ -180,7 +180,7 @@ def _from_points(section: Section, options: Options) -> tuple[Transcripts, list[
             f"transcripts in {section.path.name} have no column feature_name; rename the column with the genes"
         )
     wanted = ["x", "y", column, *(["qv"] if "qv" in points.columns else [])]
-    to_um = discovery.affine(points, section.frame.name, section.frame.um_per_unit)
+    to_um = section.to_um(points)
     parts = [points[wanted].get_partition(number) for number in range(points.npartitions)]
     low, high = np.full(2, np.inf), np.full(2, -np.inf)
     seen: set[str] = set()

@@ -12,6 +12,7 @@ import numpy as np
 
 from stsr.errors import StsrError
 from stsr.files import find, need, reading
+from stsr.geometry.outlines import single_rings
 from stsr.histology import files as he
 from stsr.histology.image import Image, scaling
 from stsr.platforms.source import Cells, Chunk, Options, Source, Transcripts, choose_genes, control
@@ -288,14 +289,10 @@ def _outlines(path: Path, cells: pd.DataFrame, warnings: list[str]) -> GeoDataFr
         points = shapely.points(cells["x_centroid"], cells["y_centroid"])
         return gpd.GeoDataFrame(geometry=shapely.buffer(points, radius), index=cells["cell_id"].to_numpy())
     vertices = _table(file, ("cell_id", "vertex_x", "vertex_y"))
-    ids = vertices["cell_id"].to_numpy()
     with reading(file):
-        ring = np.concatenate([[0], np.cumsum(ids[1:] != ids[:-1])])
-        enough = np.bincount(ring)[ring] >= 3  # fewer vertices enclose nothing
-        _, first, ring = np.unique(ring[enough], return_index=True, return_inverse=True)
-        xy = vertices[["vertex_x", "vertex_y"]].to_numpy(float)[enough]
-        polygons = shapely.polygons(shapely.linearrings(xy, indices=ring))
-    frame = gpd.GeoDataFrame(geometry=polygons, index=ids[enough][first])
+        xy = vertices[["vertex_x", "vertex_y"]].to_numpy(float)
+        ids, polygons = single_rings(vertices["cell_id"].to_numpy(), xy)
+    frame = gpd.GeoDataFrame(geometry=polygons, index=ids)
     return frame[~frame.index.duplicated()]
 
 

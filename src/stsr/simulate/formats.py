@@ -13,30 +13,20 @@ from scipy import sparse
 
 @dataclass(frozen=True)
 class XoaLayout:
-    """Differences between versions of the Xenium Onboard Analysis that matter to readers.
-
-    Attributes
-    ----------
-    software : str
-        `analysis_sw_version` in `experiment.xenium`.
-    text : str
-        Type of text in parquet files: "binary" (bytes) before 2.0, "large_string" since.
-    text_cell_id : bool
-        Whether cells have names such as `aaaaaaab-1` (since 1.3). Before, they have numbers, and -1 is no cell.
-    transcript_extras : tuple of str
-        Columns of `transcripts.parquet` beyond the first eight.
-    cell_extras : tuple of str
-        Columns of `cells.parquet` beyond those of 1.0.
-    label_id : bool
-        Whether boundaries have `label_id`, and `cells.zarr.zip` has `polygon_sets`.
-    """
+    """Differences between versions of the Xenium Onboard Analysis that matter to readers."""
 
     software: str
+    """`analysis_sw_version` in `experiment.xenium`."""
     text: str
+    """Type of text in parquet files: "binary" (bytes) before 2.0, "large_string" since."""
     text_cell_id: bool
+    """Whether cells have names such as `aaaaaaab-1` (since 1.3), or numbers (before), where -1 is no cell."""
     transcript_extras: tuple[str, ...]
+    """Columns of `transcripts.parquet` beyond the first eight."""
     cell_extras: tuple[str, ...]
+    """Columns of `cells.parquet` beyond those of 1.0."""
     label_id: bool
+    """Whether boundaries have `label_id`, and `cells.zarr.zip` has `polygon_sets`."""
 
 
 _FOV = ("fov_name", "nucleus_distance")

@@ -117,23 +117,15 @@ TOMM7     3222222222 luminal 0.1
 
 @dataclass(frozen=True)
 class GeneTable:
-    """Rates of genes in cell types and their modulation.
-
-    Attributes
-    ----------
-    genes : tuple of str
-    rates : (gene, type) float array
-        Mean counts in a cell of average size of that type.
-    programme : (gene,) int array
-        Index into `PROGRAMMES`.
-    strength : (gene,) float array
-        Change of the log rate per unit of the (standardised, smooth) programme field.
-    """
+    """Rates of genes in cell types and their modulation."""
 
     genes: tuple[str, ...]
     rates: np.ndarray
+    """(gene, type) float: mean counts in a cell of average size of that type."""
     programme: np.ndarray
+    """(gene,) int: index into `PROGRAMMES`."""
     strength: np.ndarray
+    """(gene,) float: change of the log rate per unit of the (standardised, smooth) programme field."""
 
 
 def _known() -> dict[str, tuple[np.ndarray, int, float]]:

@@ -77,20 +77,14 @@ _DUCT_REACH_UM, _VESSEL_REACH_UM = 500.0, 100.0
 
 @dataclass(frozen=True)
 class Morphology:
-    """Maps (y, x) of the tissue on pixels of `MAP_UM`.
-
-    Attributes
-    ----------
-    region : (y, x) uint8 array of `Region`
-    fibre_rad : (y, x) float array
-        Direction of fibres and of elongated cells.
-    programmes : (programme, y, x) float array
-        Standardised smooth fields, in the order of `genes.PROGRAMMES`.
-    """
+    """Maps (y, x) of the tissue on pixels of `MAP_UM`."""
 
     region: np.ndarray
+    """(y, x) uint8: values of `Region`."""
     fibre_rad: np.ndarray
+    """(y, x) float: direction of fibres and of elongated cells."""
     programmes: np.ndarray
+    """(programme, y, x) float: standardised smooth fields, in the order of `genes.PROGRAMMES`."""
 
     def at(self, field: np.ndarray, x_um: np.ndarray, y_um: np.ndarray) -> np.ndarray:
         """Value of a map (y, x) at points, um; outside the map, the value at its nearest edge."""
@@ -215,25 +209,16 @@ def _add_vessel(region, x, y, wobble, rng) -> None:
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells; all positions are in um.
-
-    Attributes
-    ----------
-    x_um, y_um : (n,) float64 arrays
-    type_index : (n,) int array
-        Index into `genes.CELL_TYPES`.
-    turn_rad : (n,) float array
-        Direction of the long axis.
-    outline_um, nucleus_um : (n, CORNERS, 2) float64 arrays
-        Convex outlines (x, y). Cells do not overlap, and a nucleus lies inside its cell.
-    """
+    """The n cells; all positions are in um."""
 
     x_um: np.ndarray
     y_um: np.ndarray
     type_index: np.ndarray
-    turn_rad: np.ndarray
+    """(n,) int: index into `genes.CELL_TYPES`."""
     outline_um: np.ndarray
+    """(n, CORNERS, 2) float64: convex outlines (x, y), which do not overlap."""
     nucleus_um: np.ndarray
+    """(n, CORNERS, 2) float64: likewise; a nucleus lies inside its cell."""
 
     def __len__(self) -> int:
         return len(self.x_um)
@@ -312,7 +297,6 @@ def _outlined(x_um, y_um, kind, turn, extent_um, rng) -> Cells:
         x_um,
         y_um,
         kind,
-        np.mod(turn, np.pi),
         centre + reach[..., None] * spokes,
         centre + nucleus[..., None] * spokes,
     )

@@ -37,27 +37,19 @@ _POINTS_PER_CELL = 512  # of the quadrature behind `Tissue.expected`
 
 @dataclass(frozen=True)
 class Transcripts:
-    """All decoded transcripts, one entry each, ordered by field of view.
-
-    Attributes
-    ----------
-    x_um, y_um, z_um : (n,) float32 arrays
-    qv : (n,) float32 array
-        Quality; transcripts below `MIN_QV` are not counted.
-    feature : (n,) int16 array
-        Index into `Tissue.features`: genes first, then controls.
-    cell : (n,) int32 array
-        Index of the cell, -1 outside every cell.
-    in_nucleus : (n,) bool array
-    """
+    """All decoded transcripts, one entry (n,) each, ordered by field of view; positions and qv are float32."""
 
     x_um: np.ndarray
     y_um: np.ndarray
     z_um: np.ndarray
     qv: np.ndarray
+    """Quality; transcripts below `MIN_QV` are not counted."""
     feature: np.ndarray
+    """int16: index into `Tissue.features`, genes first, then controls."""
     cell: np.ndarray
+    """int32: index of the cell, -1 outside every cell."""
     in_nucleus: np.ndarray
+    """bool."""
 
     def __len__(self) -> int:
         return len(self.x_um)
@@ -69,20 +61,7 @@ class Transcripts:
 
 @dataclass(frozen=True)
 class Tissue:
-    """A simulated section and its truth, in um from (0, 0), x to the right and y down.
-
-    Attributes
-    ----------
-    width_um, height_um : float
-    table : GeneTable
-    morphology : Morphology
-    cells : Cells
-    rates : (cell, gene) float32 array
-        Expected good-quality counts of every cell, including transcripts that drift out of it.
-    transcripts : Transcripts
-    texture_seed : int
-        Seed of the image's texture (staining, fibres, sensor noise).
-    """
+    """A simulated section and its truth, in um from (0, 0), x to the right and y down."""
 
     width_um: float
     height_um: float
@@ -90,8 +69,10 @@ class Tissue:
     morphology: Morphology
     cells: Cells
     rates: np.ndarray = field(repr=False)
+    """(cell, gene) float32: expected good-quality counts of every cell, including transcripts that drift out of it."""
     transcripts: Transcripts
     texture_seed: int
+    """Seed of the image's texture (staining, fibres, sensor noise)."""
 
     @property
     def genes(self) -> tuple[str, ...]:
@@ -113,11 +94,6 @@ class Tissue:
         """Transcripts of genes with quality `MIN_QV` or better."""
         all_of = self.transcripts
         return all_of.take((all_of.qv >= MIN_QV) & (all_of.feature < len(self.genes)))
-
-    def cell_counts(self) -> sparse.csr_matrix:
-        """Observed counts (cell, gene), int32, of good transcripts inside each cell's outline."""
-        inside = self.good.cell >= 0
-        return _tally(self.good.cell[inside], self.good.feature[inside], (len(self.cells), len(self.genes)))
 
     def counts(self, bin_um: float, x0_um: float, y0_um: float, nx: int, ny: int) -> np.ndarray:
         """Observed counts per bin.
@@ -182,7 +158,8 @@ class Tissue:
         members = tree.query_ball_point(np.asarray(centres_um, float), radius_um)
         disc = np.repeat(np.arange(len(members)), [len(m) for m in members])
         which = np.concatenate([np.asarray(m, np.int64) for m in members] or [np.empty(0, np.int64)])
-        return _tally(disc, self.good.feature[which], (len(members), len(self.genes)))
+        shape, ones = (len(members), len(self.genes)), np.ones(len(disc), np.int32)
+        return sparse.coo_matrix((ones, (disc, self.good.feature[which])), shape=shape).tocsr()
 
     def is_tissue(self, x_um: np.ndarray, y_um: np.ndarray) -> np.ndarray:
         """Whether points, um, lie on tissue instead of bare glass; False outside the section."""
@@ -260,11 +237,6 @@ def polygon_areas(outline_um: np.ndarray) -> np.ndarray:
     """Areas (n,) in um^2 of outlines (n, corner, 2), by the shoelace formula."""
     x, y = (outline_um - outline_um[:, :1]).transpose(2, 0, 1)
     return 0.5 * np.abs((x * np.roll(y, -1, 1) - y * np.roll(x, -1, 1)).sum(1))
-
-
-def _tally(row, column, shape) -> sparse.csr_matrix:
-    ones = np.ones(len(row), np.int32)
-    return sparse.coo_matrix((ones, (row, column)), shape=shape).tocsr()
 
 
 def _rates(table: GeneTable, morphology: Morphology, cells: Cells, rng) -> np.ndarray:

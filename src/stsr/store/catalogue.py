@@ -57,9 +57,10 @@ class Catalogue:
 
         Taken from the consolidated metadata, as other readers do; from the folders if there is none.
         """
-        groups = self._groups()
-        if groups is None:
+        if self.consolidated is None:
             groups = [f"{kind}/{child.name}" for kind in names.KINDS for child in _folders(self.path / kind)]
+        else:
+            groups = [key.removesuffix("/.zgroup") for key in self.consolidated]
         found = {}
         for group in groups:
             kind, _, element = group.partition("/")
@@ -67,15 +68,13 @@ class Catalogue:
                 found[element] = kind
         return found
 
-    def _groups(self) -> list[str] | None:
-        """Paths of all zarr groups and arrays in the consolidated metadata; None without it."""
+    @cached_property
+    def consolidated(self) -> dict[str, Any] | None:
+        """The consolidated metadata, {key: metadata}; None if there is none."""
         if zarr_format(self.path) == 2:
-            metadata = load_json(self.path / ".zmetadata").get("metadata")
-            if metadata is None:
-                return None
-            return [key.rpartition("/")[0] for key in metadata if key.endswith(".zgroup")]
-        consolidated = self._root.get("consolidated_metadata")
-        return None if consolidated is None else list(consolidated["metadata"])
+            return load_json(self.path / ".zmetadata").get("metadata")
+        found = self._root.get("consolidated_metadata")
+        return None if found is None else found["metadata"]
 
     @cached_property
     def provenance(self) -> dict[str, dict[str, Any]]:
@@ -196,7 +195,7 @@ def is_result(entry: dict[str, Any]) -> bool:
     return entry.get("origin", names.MEASURED) in names.RESULTS
 
 
-def check_free(path: str | Path, outputs: list[str], overwrite: bool) -> None:
+def check_free(found: Catalogue, outputs: list[str], overwrite: bool) -> None:
     """Refuse to replace measured data, or results without ``overwrite``.
 
     Raises
@@ -206,7 +205,6 @@ def check_free(path: str | Path, outputs: list[str], overwrite: bool) -> None:
     StsrError
         If an element of that name was measured, or was not written by stsr.
     """
-    found = Catalogue(Path(path))
     made, store = found.provenance, found.path.name
     present = {name.lower(): name for name in found.elements}  # spatialdata compares names without case
     for name in outputs:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stsr.store import catalogue
+from stsr.store.catalogue import Catalogue
 
 
 def consolidate(store: Path) -> None:
@@ -24,11 +25,11 @@ def consolidate(store: Path) -> None:
         zarr.consolidate_metadata(zarr.storage.LocalStore(store))
 
 
-def entries_of(store: Path, elements: dict[str, str]) -> dict[str, Any]:
+def entries_of(found: Catalogue, elements: dict[str, str]) -> dict[str, Any]:
     """Consolidated metadata of elements ({name: kind}): {key: metadata}."""
     folders = {f"{kind}/{name}" for name, kind in elements.items()}
-    found = consolidated(store) or {}
-    return {key: value for key, value in found.items() if "/".join(key.split("/")[:2]) in folders}
+    metadata = found.consolidated or {}
+    return {key: value for key, value in metadata.items() if "/".join(key.split("/")[:2]) in folders}
 
 
 def kind_entries(store: Path, kinds: set[str]) -> dict[str, Any]:
@@ -36,14 +37,6 @@ def kind_entries(store: Path, kinds: set[str]) -> dict[str, Any]:
     files = (".zgroup", ".zattrs") if catalogue.zarr_format(store) == 2 else ("zarr.json",)
     found = {f"{kind}/{file}": catalogue.load_json(store / kind / file) for kind in kinds for file in files}
     return {key.removesuffix("/zarr.json"): value for key, value in found.items() if value}
-
-
-def consolidated(store: Path) -> dict[str, Any] | None:
-    """The consolidated metadata, {key: metadata}; None if there is none."""
-    if catalogue.zarr_format(store) == 2:
-        return catalogue.load_json(store / ".zmetadata").get("metadata")
-    found = catalogue.load_json(store / "zarr.json").get("consolidated_metadata")
-    return None if found is None else found["metadata"]
 
 
 def edit_consolidated(

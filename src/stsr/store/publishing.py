@@ -28,9 +28,9 @@ import numpy as np
 from stsr.errors import StsrError, UsageError
 from stsr.files import check_writable, disk_errors
 from stsr.store import catalogue, names
+from stsr.store.catalogue import Catalogue
 from stsr.store.consolidated import (
     consolidate,
-    consolidated,
     edit_consolidated,
     edit_root,
     entries_of,
@@ -131,7 +131,7 @@ def publish(
     store = catalogue.require_store(path)
     with disk_errors(store), Workspace(store, next(iter(elements))) as work:
         recover(store, work)
-        catalogue.check_free(store, list(elements), overwrite)
+        catalogue.check_free(Catalogue(store), list(elements), overwrite)
         work.wipe()
         write_elements(work.new, elements, catalogue.zarr_format(store))
         swap(store, work, provenance, overwrite)
@@ -168,22 +168,24 @@ def swap(
     """
     with locked(store):
         _recover_all(store, work)
-        if consolidated(store) is None:
+        found = Catalogue(store)  # as long as the lock is held, nobody else changes the store
+        if found.consolidated is None:
             consolidate(store)  # without it readers list the folders, and see new elements one by one
-        present = catalogue.elements(store)
+            found = Catalogue(store)
+        present = found.elements
         unneeded = set(optional) & {name.lower() for name in present}
         made = {name: kind for name, kind in catalogue.elements(work.new).items() if name not in unneeded}
-        catalogue.check_free(store, list(made), overwrite)
+        catalogue.check_free(found, list(made), overwrite)
         # The spread of a replaced map is removed with it: it would describe another map.
         spreads = [names.spread_name(name) for name in made]
-        ours = [name for name in spreads if name in catalogue.provenance(store)]
+        ours = [name for name in spreads if name in found.provenance]
         replaced = {name: present[name] for name in (*made, *ours) if name in present}
         journal = {
             "token": uuid.uuid4().hex,
             "new": made,
             "old": replaced,
-            "old_entries": entries_of(store, replaced),
-            "old_provenance": {name: catalogue.provenance(store).get(name, {}) for name in replaced},
+            "old_entries": entries_of(found, replaced),
+            "old_provenance": {name: found.provenance.get(name, {}) for name in replaced},
             "provenance": {name: _plain(provenance.get(name, {})) for name in made},
         }
         write_json(work.path / JOURNAL, journal, work.path)
@@ -210,7 +212,7 @@ def _swap(store: Path, work: Workspace, journal: dict) -> None:
 
 def _commit(store: Path, work: Workspace, journal: dict) -> None:
     """List the new elements in the root metadata: one file in zarr 3; in zarr 2 the attributes are written first."""
-    entries = entries_of(work.new, journal["new"])
+    entries = entries_of(Catalogue(work.new), journal["new"])
     entries.update(kind_entries(store, set(journal["new"].values())))
     stamp = {"written": _now(), "token": journal["token"]}
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from stsr.errors import StsrError
 from stsr.files import disk_errors
 from stsr.geometry.grid import Grid
 from stsr.store import catalogue, names, publishing
+from stsr.store.catalogue import Catalogue
 from stsr.store.consolidated import consolidate
 from stsr.store.elements import COUNT_CHUNKS, Frame, placed
 from stsr.store.workspace import Workspace
@@ -103,7 +105,7 @@ class MapWriter:
             ).exists()  # a refused command keeps the finished blocks
             try:
                 publishing.recover(self.store, self._work)
-                catalogue.check_free(self.store, self.elements, self._overwrite)
+                catalogue.check_free(Catalogue(self.store), self.elements, self._overwrite)
                 digest = self._digest()
                 if not self._resume(digest):
                     self._work.keep = False
@@ -199,10 +201,16 @@ class MapWriter:
         publishing.write_elements(self._work.new, {**tiny, **self._beside}, version)
         for element in self.elements:
             folder = self._work.new / "images" / element
-            for level, path in zip(levels, self._paths(element), strict=True):
+            for level, path in zip(levels, self._paths[element], strict=True):
                 shutil.rmtree(folder / path)
                 _allocate_array(folder, path, (len(self.genes), *level), version)
             _describe(folder, self.genes, levels)
+
+    @cached_property
+    def _paths(self) -> dict[str, list[str]]:
+        """Array folders of the levels of each element, fine to coarse; known once the elements are written."""
+        found = Catalogue(self._work.new)
+        return {element: found.levels_of(element)[0] for element in self.elements}
 
     def _tiny(self, levels: int) -> Any:
         """An image of one channel with the right transformation and number of levels."""
@@ -225,19 +233,15 @@ class MapWriter:
         import zarr
 
         for element in self.elements:
-            finest = self._work.new / "images" / element / self._paths(element)[0]
+            finest = self._work.new / "images" / element / self._paths[element][0]
             self._arrays[element] = zarr.open_array(finest, mode="r+")
-
-    def _paths(self, element: str) -> list[str]:
-        """Array folders of an element's levels, fine to coarse."""
-        return catalogue.Catalogue(self._work.new).levels_of(element)[0]
 
     def _build_pyramid(self, element: str) -> None:
         """Coarser levels as means of 2 x 2 bins, a row of chunks at a time."""
         import zarr
 
         folder = self._work.new / "images" / element
-        for fine_path, coarse_path in pairwise(self._paths(element)):
+        for fine_path, coarse_path in pairwise(self._paths[element]):
             fine: Any = zarr.open_array(folder / fine_path, mode="r")
             coarse: Any = zarr.open_array(folder / coarse_path, mode="r+")
             for gene in range(0, coarse.shape[0], CHUNKS[0]):

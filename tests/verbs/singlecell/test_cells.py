@@ -302,7 +302,7 @@ def test_wrong_units_are_noticed(section, tmp_path):
 @pytest.fixture(scope="module")
 def histology(tissue):
     px_to_um, _ = image_frame(tissue, 0.8)
-    return Image([render_he(tissue, 0.8)], px_to_um, "yxc")
+    return Image([np.moveaxis(render_he(tissue, 0.8), 2, 0)], px_to_um)
 
 
 def _nuclei(histology, expand_um=0.0, size=(330, 320)):

@@ -9,6 +9,7 @@ from stsr.simulate import simulate_tissue, write_xenium
 from stsr.store.section import open_section
 from stsr.verbs.prepare.verb import prepare
 from stsr.verbs.superres.field import Field
+from stsr.verbs.train.config import TrainConfig
 from stsr.verbs.train.tiles import TrainingTiles
 
 
@@ -22,9 +23,8 @@ def section(request, tmp_path_factory):
 @pytest.mark.parametrize("image_um", [10.0, 5.0])
 def test_training_and_prediction_build_equal_batches(section, image_um):
     needs = Requirements((), image_um=image_um)
-    tiles = TrainingTiles(
-        [section], needs, tile_lr=3, spots=["square"], val=0, phases=1, tissue=0, stain=0, flips=False
-    )
+    config = TrainConfig(train_tile_lr=3, spots=("square",), phases=1, tissue=0, stain=0, flips=False)
+    tiles = TrainingTiles([section], needs, config, val=0)
     grid, panel = section.grid(needs.bin_um), list(tiles.panel)
     lr, mask = section.spots.measurement(grid).raster(section.spots.select(panel))
     field = Field(grid, section.image, lr, mask, np.eye(len(panel)), panel, needs.image_um)

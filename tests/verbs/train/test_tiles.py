@@ -7,7 +7,9 @@ import torch
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid, add_up
 from stsr.methods.batch import Requirements
+from stsr.methods.method import configured
 from stsr.verbs.train.augmentation import stained, turned
+from stsr.verbs.train.config import TrainConfig
 from stsr.verbs.train.heldout import (
     Rectangle,
     choose_block,
@@ -77,6 +79,12 @@ class FakeSection:
         return self.hr.grid.at(bin_um)
 
 
+def tiles_of(sections, needs, *, val=0.15, regions=None, **settings):
+    """Training tiles of 300 um, unless ``train_tile_lr`` says otherwise, with these settings of training."""
+    config = configured(TrainConfig, {"train_tile_lr": 3, **settings})
+    return TrainingTiles(sections, needs, config, val=val, regions=regions)
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -96,7 +104,7 @@ def places(tiles, batch, section):
 
 
 def test_everything_has_the_shape_of_a_batch():
-    tiles = TrainingTiles([FakeSection(), FakeSection("two", (12, 12), seed=1)], NEEDS, tile_lr=3)
+    tiles = tiles_of([FakeSection(), FakeSection("two", (12, 12), seed=1)], NEEDS)
     batch = tiles.batch(4, generator())
     assert batch.image.shape == (4, 3, 30, 30) and batch.image.dtype == torch.uint8
     assert batch.hr.shape == (4, 5, 30, 30) and batch.hr.dtype == torch.float32
@@ -106,7 +114,7 @@ def test_everything_has_the_shape_of_a_batch():
 
 
 def test_square_spots_are_sums_of_bins_however_tiles_are_turned():
-    tiles = TrainingTiles([FakeSection()], NEEDS, tile_lr=3, spots=["square"])
+    tiles = tiles_of([FakeSection()], NEEDS, spots=["square"])
     for seed in range(4):
         batch = tiles.batch(6, generator(seed))
         assert torch.equal(batch.lr, add_up(batch.hr, 10))
@@ -114,7 +122,7 @@ def test_square_spots_are_sums_of_bins_however_tiles_are_turned():
 
 
 def test_image_lies_on_the_counts_however_tiles_are_turned():
-    batch = TrainingTiles([FakeSection()], NEEDS, tile_lr=3, stain=0).batch(8, generator())
+    batch = tiles_of([FakeSection()], NEEDS, stain=0).batch(8, generator())
     assert torch.equal(batch.image[:, 0].float(), batch.hr[:, 0])
     assert torch.equal(batch.image[:, 1].float(), 2 * batch.hr[:, 0])
 
@@ -126,7 +134,7 @@ def test_all_eight_ways_of_turning_occur():
 
 
 def test_visium_spots_are_raster_of_discs():
-    tiles = TrainingTiles([FakeSection()], NEEDS, tile_lr=3, spots=["visium"], flips=False)
+    tiles = tiles_of([FakeSection()], NEEDS, spots=["visium"], flips=False)
     batch = tiles.batch(6, generator())
     sums = add_up(batch.hr, 10)
     assert not torch.equal(batch.lr, sums)
@@ -136,23 +144,21 @@ def test_visium_spots_are_raster_of_discs():
 
 def test_section_mean_is_per_pixel():
     section = FakeSection()
-    batch = TrainingTiles([section], NEEDS, tile_lr=3, spots=["square"], phases=1).batch(2, generator())
+    batch = tiles_of([section], NEEDS, spots=["square"], phases=1).batch(2, generator())
     mean = section.hr.counts.mean((1, 2)) * 100
     np.testing.assert_allclose(batch.lr_mean[0], mean, rtol=1e-5)
 
 
 def test_fine_bins_are_added_up_and_image_may_be_finer_than_bins():
     section = FakeSection(bin_um=5.0)
-    tiles = TrainingTiles(
-        [section], Requirements((), bin_um=10, image_um=5), tile_lr=3, spots=["square"], stain=0
-    )
+    tiles = tiles_of([section], Requirements((), bin_um=10, image_um=5), spots=["square"], stain=0)
     batch = tiles.batch(4, generator())
     assert batch.image.shape[-1] == 60
     assert torch.equal(add_up(batch.image[:, 0].float(), 2), batch.hr[:, 0])
 
 
 def test_the_generator_alone_decides():
-    tiles = TrainingTiles([FakeSection()], NEEDS, tile_lr=3)
+    tiles = tiles_of([FakeSection()], NEEDS)
     a, b, c = (tiles.batch(4, generator(seed)) for seed in (5, 5, 6))
     assert torch.equal(a.hr, b.hr) and torch.equal(a.image, b.image) and torch.equal(a.lr, b.lr)
     assert not torch.equal(a.hr, c.hr)
@@ -160,7 +166,7 @@ def test_the_generator_alone_decides():
 
 def test_tiles_of_a_batch_share_at_most_half():
     section = FakeSection(lr=(20, 20))
-    tiles = TrainingTiles([section], NEEDS, tile_lr=3, flips=False, val=0, phases=2)
+    tiles = tiles_of([section], NEEDS, flips=False, val=0, phases=2)
     for seed in range(5):
         found = places(tiles, tiles.batch(6, generator(seed)), section)
         for i, (row, column) in enumerate(found):
@@ -171,7 +177,7 @@ def test_tiles_of_a_batch_share_at_most_half():
 
 def test_small_sections_still_give_different_tiles():
     section = FakeSection(lr=(4, 5))
-    tiles = TrainingTiles([section], NEEDS, tile_lr=3, flips=False, val=0, phases=1, depths=(1.0, 0.5))
+    tiles = tiles_of([section], NEEDS, flips=False, val=0, phases=1, depths=(1.0, 0.5))
     batch = tiles.batch(6, generator())
     assert len({tile.numpy().tobytes() for tile in batch.image}) == 6
     with pytest.raises(UsageError, match="smaller batch"):
@@ -187,7 +193,7 @@ def test_held_out_areas_are_never_touched():
             "validation": [[x0 + 1000, y0 + 1400, x0 + 1600, y0 + 2000]],
         }
     }
-    tiles = TrainingTiles([section], NEEDS, tile_lr=3, flips=False, regions=regions, gap_lr=1, stain=0)
+    tiles = tiles_of([section], NEEDS, flips=False, regions=regions, gap_lr=1, stain=0)
     forbidden = np.zeros(section.hr.grid.shape, bool)
     forbidden[: 40 + 10, : 43 + 10] = True
     forbidden[140 - 10 :, 100 - 10 :] = True
@@ -203,7 +209,7 @@ def test_what_is_excluded_changes_nothing():
     regions = {"one": {"exclude": [[1000, -500, 1600, 100]]}}
     plain, other = FakeSection(), FakeSection()
     other.hr.counts[:, :60, :60] = 7
-    a, b = (TrainingTiles([s], NEEDS, tile_lr=3, regions=regions) for s in (plain, other))
+    a, b = (tiles_of([s], NEEDS, regions=regions) for s in (plain, other))
     assert np.array_equal(a.reference, b.reference)
     first, second = a.batch(4, generator()), b.batch(4, generator())
     for name in ("hr", "lr", "lr_mean"):
@@ -212,7 +218,7 @@ def test_what_is_excluded_changes_nothing():
 
 def test_automatic_validation_is_apart_and_the_same_each_time():
     section = FakeSection(lr=(30, 12))
-    tiles = TrainingTiles([section], NEEDS, tile_lr=3, flips=False, val=0.2)
+    tiles = tiles_of([section], NEEDS, flips=False, val=0.2)
     held_out = np.zeros(section.hr.grid.shape, bool)
     for batch in tiles.validation_batches():
         for row, column in places(tiles, batch, section):
@@ -235,7 +241,7 @@ def _bounds(mask):
 def test_tiles_lie_in_tissue():
     mask = np.zeros((160, 140), bool)
     mask[:, :70] = True
-    tiles = TrainingTiles([section := FakeSection(tissue=mask)], NEEDS, tile_lr=3, flips=False, tissue=0.5)
+    tiles = tiles_of([section := FakeSection(tissue=mask)], NEEDS, flips=False, tissue=0.5)
     for seed in range(10):
         for row, column in places(tiles, tiles.batch(3, generator(seed)), section):
             assert mask[row : row + 30, column : column + 30].mean() >= 0.5
@@ -243,20 +249,20 @@ def test_tiles_lie_in_tissue():
 
 def test_panel_is_shared_genes_or_the_most_expressed_or_a_list():
     one, two = FakeSection(), FakeSection("two", genes=["E", "X", "C", "B"], seed=1)
-    assert TrainingTiles([one, two], NEEDS, tile_lr=3).panel == ("B", "C", "E")
-    assert TrainingTiles([one, two], NEEDS, tile_lr=3, genes=["E", "B"]).panel == ("E", "B")
-    tiles = TrainingTiles([one], NEEDS, tile_lr=3, genes=2)
+    assert tiles_of([one, two], NEEDS).panel == ("B", "C", "E")
+    assert tiles_of([one, two], NEEDS, genes=["E", "B"]).panel == ("E", "B")
+    tiles = tiles_of([one], NEEDS, genes=2)
     assert tiles.panel == ("A", "B")  # rates fall along the list
     np.testing.assert_allclose(tiles.reference, [150, 115], rtol=0.05)
     with pytest.raises(UsageError, match="not every section has X"):
-        TrainingTiles([one, two], NEEDS, tile_lr=3, genes=["X"])
+        tiles_of([one, two], NEEDS, genes=["X"])
     with pytest.raises(StsrError, match="no gene in common"):
-        TrainingTiles([one, FakeSection("two", genes=["X"])], NEEDS, tile_lr=3)
+        tiles_of([one, FakeSection("two", genes=["X"])], NEEDS)
 
 
 def test_depths_thin_counts_and_spots_alike():
     section = FakeSection()
-    tiles = TrainingTiles([section], NEEDS, tile_lr=3, spots=["square"], depths=(0.25,), phases=1)
+    tiles = tiles_of([section], NEEDS, spots=["square"], depths=(0.25,), phases=1)
     batch = tiles.batch(6, generator())
     assert torch.equal(batch.lr, add_up(batch.hr, 10))
     np.testing.assert_allclose(batch.lr_mean[0], section.hr.counts.mean((1, 2)) * 25, rtol=0.05)
@@ -271,7 +277,7 @@ def test_stain_changes_optical_density():
 
 
 def test_same_data_same_digest():
-    a, b, c = (TrainingTiles([FakeSection(seed=seed)], NEEDS, tile_lr=3).digest for seed in (0, 0, 1))
+    a, b, c = (tiles_of([FakeSection(seed=seed)], NEEDS).digest for seed in (0, 0, 1))
     assert a == b != c
 
 
@@ -344,8 +350,8 @@ def _without(name):
         (FakeSection, {"val": 1.5}, "--val"),
         (FakeSection, {"spots": ["round"]}, "square or visium"),
         (FakeSection, {"depths": [0.0]}, "above 0"),
-        (FakeSection, {"tile_lr": 30}, "smaller train_tile_lr"),
-        (lambda: FakeSection(lr=(4, 4)), {"tile_lr": 3}, "--val 0"),
+        (FakeSection, {"train_tile_lr": 30}, "smaller train_tile_lr"),
+        (lambda: FakeSection(lr=(4, 4)), {}, "--val 0"),
         (FakeSection, {"regions": {"two": {}}}, "not one of the sections"),
         (FakeSection, {"regions": {"one": {"exlude": []}}}, "exclude or validation"),
         (FakeSection, {"regions": {"one": {"exclude": [[0, 0, 1]]}}}, "in um"),
@@ -354,11 +360,11 @@ def _without(name):
 )
 def test_refusals_are_one_sentence(make, options, message):
     with pytest.raises(StsrError, match=message):
-        TrainingTiles([make()], NEEDS, **{"tile_lr": 3, **options})
+        tiles_of([make()], NEEDS, **options)
 
 
 def test_fractions_are_no_counts():
     section = FakeSection()
     section.hr.counts = section.hr.counts * 0.5
     with pytest.raises(StsrError, match="raw counts"):
-        TrainingTiles([section], NEEDS, tile_lr=3)
+        tiles_of([section], NEEDS)

@@ -146,7 +146,7 @@ def celltype(
 def _run(section: Section, job: CelltypeJob, progress: Progress, report: Report, began: float) -> Celltypes:
     places = _places(section, job)
     outputs = result_names(places, job.name)
-    catalogue.check_free(section.path, outputs, job.overwrite)
+    catalogue.check_free(section.catalogue, outputs, job.overwrite)
     learned = learn(places, job)
     signatures = learned.signatures
     for note in signatures.notes:

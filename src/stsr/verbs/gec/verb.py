@@ -226,7 +226,7 @@ def _free_name(section: Section, job: GecJob, places: Places) -> str:
     bin_um = _bin_um(places)
     usual = "gec_cells" if bin_um is None else names.result_name("gec", LR_UM / bin_um)
     element = names.check_name(job.name or usual)
-    catalogue.check_free(section.path, [element], job.overwrite)
+    catalogue.check_free(section.catalogue, [element], job.overwrite)
     return element
 
 

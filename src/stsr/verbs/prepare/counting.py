@@ -23,29 +23,21 @@ _TOUCH_UM = 1e-3  # added to the bounds so that the last transcript lies inside
 
 @dataclass(frozen=True)
 class Counted:
-    """The result of one pass over the transcripts.
-
-    Parameters
-    ----------
-    grid
-        The bins.
-    counter
-        Counts of genes per bin.
-    mask
-        Tissue mask (height, width) bool.
-    spots
-        Simulated spots in tissue with raw counts, or None.
-    kept, low_quality, other
-        Numbers of transcripts: counted, dropped for low quality, dropped as controls or unwanted genes.
-    """
+    """The result of one pass over the transcripts."""
 
     grid: Grid
     counter: Counter
+    """Counts of genes per bin."""
     mask: np.ndarray
+    """Tissue mask (height, width) bool."""
     spots: Spots | None
+    """Simulated spots in tissue with raw counts, or None."""
     kept: int
+    """Number of transcripts that were counted."""
     low_quality: int
+    """Number of transcripts dropped for low quality."""
     other: int
+    """Number of transcripts dropped as controls or unwanted genes."""
 
 
 def grid_over(bounds_um: tuple[float, float, float, float], bin_um: float) -> Grid:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.linalg import block_diag
 
 from stsr.errors import StsrError
-from stsr.geometry.grid import Grid
+from stsr.geometry.grid import Grid, add_up
 from stsr.histology.image import Image
 from stsr.histology.tissue import darkness
 
@@ -85,7 +86,7 @@ def _coarser(grid: Grid, counts: np.ndarray) -> tuple[Grid, np.ndarray]:
     """The grid and its counts in bins of about `_CHECK_UM`."""
     factor = max(1, round(_CHECK_UM / grid.bin_um))
     height, width = grid.height // factor * factor, grid.width // factor * factor
-    blocks = counts[:height, :width].reshape(height // factor, factor, width // factor, factor).sum((1, 3))
+    blocks = add_up(counts[:height, :width], factor)
     return Grid(grid.x0_um, grid.y0_um, grid.bin_um * factor, *blocks.shape), blocks
 
 
@@ -115,9 +116,4 @@ def _turns(image: Image) -> dict[str, np.ndarray]:
         "mirrored and rotated by 90 degrees": [[0, 1], [1, 0]],
         "mirrored and rotated by 270 degrees": [[0, -1], [-1, 0]],
     }
-    turns = {}
-    for name, part in parts.items():
-        middle = np.eye(3)
-        middle[:2, :2] = part
-        turns[name] = back @ middle @ to_centre
-    return turns
+    return {name: back @ block_diag(part, 1.0) @ to_centre for name, part in parts.items()}

@@ -19,24 +19,7 @@ _UM_PER_PX = (0.01, 1000)
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareJob:
-    """Input, output and options of one run.
-
-    Parameters
-    ----------
-    path
-        The input.
-    output
-        The store to make; ``<name of the input>.zarr`` in the working directory by default.
-    options
-        What the platform's reader needs: H&E, alignment, pixel size, least quality, genes.
-    spots
-        Spots to simulate from transcripts: ``"square"`` or ``"visium"``.
-    bin_um
-        High-resolution bin, um.
-    refine
-        Whether to refine the alignment.
-    overwrite
-        Replace an existing store.
+    """Input, output and options of one run, as in `stsr.prepare`; ``options`` are those of the platform's reader.
 
     Raises
     ------

@@ -23,28 +23,20 @@ _GAIN = 0.01  # in correlation; with less the vendor's alignment is kept
 
 @dataclass(frozen=True)
 class Refinement:
-    """The result of the refinement.
-
-    Parameters
-    ----------
-    px_to_um
-        The alignment to use (3, 3): the refined one, or the given one if that is no worse.
-    applied
-        Whether the alignment was changed.
-    shift_um
-        Root mean square displacement of the section.
-    correlation_before, correlation_after
-        Correlation of fine structure in staining and counts, with the given and the refined alignment.
-    blocks
-        Number of blocks that the refined alignment was fitted to.
-    """
+    """The result of the refinement."""
 
     px_to_um: np.ndarray
+    """The alignment to use (3, 3): the refined one, or the given one if that is no worse."""
     applied: bool
+    """Whether the alignment was changed."""
     shift_um: float
+    """Root mean square displacement of the section."""
     correlation_before: float
+    """Correlation of fine structure in staining and counts with the given alignment."""
     correlation_after: float
+    """The same with the refined alignment."""
     blocks: int
+    """Number of blocks that the refined alignment was fitted to."""
 
 
 def refine(image: Image, density: np.ndarray, grid: Grid) -> Refinement:

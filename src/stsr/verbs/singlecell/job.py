@@ -83,7 +83,9 @@ def make_job(section: Section, request: Request, progress: Progress) -> Job:
     if sum([request.cells is not None, request.segmentation is not None, request.segment]) > 1:
         raise UsageError("--cells, --segmentation and --segment exclude each other; give only one of them")
     new_shapes = f"{element}_shapes" if is_new else None
-    catalogue.check_free(section.path, [element, new_shapes] if new_shapes else [element], request.overwrite)
+    catalogue.check_free(
+        section.catalogue, [element, new_shapes] if new_shapes else [element], request.overwrite
+    )
     notes: list[str] = []
     cells = _find_cells(section, bins.grid, request, progress, notes)
     measured = measured_counts(section, cells)

@@ -9,21 +9,19 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 
-from stsr import checkpoint
 from stsr.errors import StsrError, UsageError
 from stsr.genes import wanted_genes
 from stsr.geometry.correction import Correction
 from stsr.geometry.grid import LR_UM, Grid
 from stsr.geometry.measurement import Measurement
-from stsr.methods import method_class
 from stsr.methods.batch import Requirements
 from stsr.methods.method import Method
 from stsr.store import catalogue, names
 from stsr.store.elements import labels
 from stsr.store.parts import Spots
 from stsr.store.section import SUPPORT_UM, Section
+from stsr.verbs.superres.loading import Loaded
 from stsr.verbs.superres.mixtures import mixtures
 from stsr.version import __version__
 
@@ -31,87 +29,41 @@ DEFAULT_SAMPLES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """A method and its origin.
-
-    Attributes
-    ----------
-    method
-        Ready to predict, on the device.
-    name
-        As in `stsr.methods.METHODS`.
-    model
-        The checkpoint's file name, ``default``, or the method's name if it needs no training.
-    digest
-        Of the checkpoint; None without one.
-    device
-        Device on which it predicts.
-    """
-
-    method: Method
-    name: str
-    model: str
-    digest: str | None
-    device: torch.device
-
-
-@dataclass(frozen=True, kw_only=True)
 class SuperresJob:
-    """One run of superres, checked.
-
-    Attributes
-    ----------
-    section
-        The section that is read.
-    store
-        Where the maps are written: the section's own store or a copy.
-    loaded
-        The method.
-    genes
-        Names, in the order of the maps.
-    mixtures
-        (g, p) each gene as a mixture of panel genes.
-    grid
-        The method's bins over the whole section. All inputs of a tile are made on it.
-    region
-        The window of the grid that is written.
-    factor
-        The method's bins per output bin, along a side.
-    measurement, spots
-        Spots over the grid (None without spots), and their indices in the section.
-    correction, corrected
-        Correction of maps in output bins (None if they are not corrected), and the indices in the section of the
-        spots that it needs.
-    support
-        (height, width) bool, over the whole section in output bins: maps are zero elsewhere.
-    samples, seed
-        Number of samples of a diffusion model, and their seed.
-    element
-        Name of the map.
-    notes
-        Remarks for the user before the work begins.
-    provenance
-        How the maps are made, JSON-able.
-    """
+    """One run of superres, checked; fields without a description are as in `stsr.superres`."""
 
     section: Section
     store: Path
+    """Where the maps are written: the section's own store or a copy."""
     loaded: Loaded
     genes: list[str]
+    """Names, in the order of the maps."""
     mixtures: np.ndarray
+    """(g, p) each gene as a mixture of panel genes."""
     grid: Grid
+    """The method's bins over the whole section. All inputs of a tile are made on it."""
     region: Grid
+    """The window of the grid that is written."""
     factor: int
+    """The method's bins per output bin, along a side."""
     measurement: Measurement | None
+    """Spots over the grid; None without spots."""
     spots: np.ndarray
+    """Indices in the section of the spots of the measurement."""
     correction: Correction | None
+    """Correction of maps in output bins; None if they are not corrected."""
     corrected: np.ndarray
+    """Indices in the section of the spots that the correction needs."""
     support: np.ndarray
+    """(height, width) bool, over the whole section in output bins: maps are zero elsewhere."""
     samples: int
     seed: int
     element: str
+    """Name of the map."""
     notes: list[str]
+    """Remarks for the user before the work begins."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    """How the maps are made, JSON-able."""
 
     @property
     def spread(self) -> str | None:
@@ -157,61 +109,6 @@ def check_included(including: Sequence[str], genes: list[str]) -> None:
     for gene in including:
         if gene not in there:
             raise UsageError(f"{gene!r} is not among the {len(genes)} genes of this map; add it to --genes")
-
-
-def load(
-    model: str | Path | None, method: str | None, section: Section, *, use_lr: bool, device: torch.device
-) -> Loaded:
-    """Load the method to use: from a checkpoint, the packaged one, or one that needs no training.
-
-    Raises
-    ------
-    UsageError
-        If both are given, the method has to be trained, or it needs spots and the section has none.
-    StsrError
-        If the checkpoint is missing or damaged.
-    """
-    if model is not None and method is not None:
-        raise UsageError("--model and --method exclude each other: a model contains its method")
-    if method is None:
-        path = checkpoint.default_weights() if model is None else Path(model)
-        loaded = checkpoint.load(path, device)
-        label = "default" if model is None else path.name
-        # channels_last is twice as fast on CPUs, and on tensor cores.
-        fast = loaded.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch omits it
-        return Loaded(method=fast, name=loaded.name, model=label, digest=loaded.digest, device=device)
-    chosen: Any = method_class(method)
-    if chosen.learns:
-        raise UsageError(
-            f"{method} has to be trained: stsr train SECTION --method {method} -o m.safetensors, then --model"
-        )
-    if section.spots is None or not use_lr:
-        raise UsageError(f"{method} needs measured spots and {section.path.name} has none; use a model")
-    baseline = chosen(panel=tuple(section.spots.genes)).eval()
-    return Loaded(method=baseline, name=method, model=method, digest=None, device=device)
-
-
-def configure_sampling(
-    method: Method, *, steps: int | None, sampler: str | None, guidance: float | None
-) -> None:
-    """Set how a diffusion method samples; a value of None keeps the method's own.
-
-    Raises
-    ------
-    UsageError
-        If the method does not sample, or a value is out of range.
-    """
-    wishes = {"steps": steps, "sampler": sampler, "guidance": guidance}
-    asked = {key: value for key, value in wishes.items() if value is not None}
-    if not asked:
-        return
-    if not hasattr(method, "sampling"):
-        raise UsageError(f"this model does not sample; leave out {', '.join('--' + key for key in asked)}")
-    sampling: Any = method.sampling
-    try:
-        method.sampling = replace(sampling, **asked)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def make_job(

@@ -97,15 +97,10 @@ class Predictor:
 
 def _spread(draws: list[torch.Tensor], mean: torch.Tensor, factor: int) -> torch.Tensor:
     """Standard deviation of samples (g, H, W) of output bins; around the mean, so that float32 is accurate enough."""
-    apart = [_added_up(draw - mean, factor) for draw in draws]
+    apart = [add_up(draw - mean, factor) for draw in draws]
     first = reduce(torch.add, apart) / len(apart)
     squares = reduce(torch.add, [one * one for one in apart]) - len(apart) * first * first
     return (squares / (len(apart) - 1)).clamp_min(0).sqrt()
-
-
-def _added_up(values: Any, factor: int) -> torch.Tensor:
-    added: Any = add_up(values, factor)
-    return added
 
 
 def _noises(seed: int, samples: int) -> list[Noise]:

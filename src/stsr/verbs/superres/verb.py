@@ -18,38 +18,30 @@ from stsr.signals import Interrupted, interruptible
 from stsr.store import catalogue
 from stsr.store.section import Section, open_section
 from stsr.store.workspace import Workspace
-from stsr.verbs.superres.job import check_included, configure_sampling, load, make_job, notes_on_result
+from stsr.verbs.superres.job import check_included, make_job, notes_on_result
+from stsr.verbs.superres.loading import configure_sampling, load
 from stsr.verbs.superres.loop import write_maps
 
 
 @dataclass(frozen=True)
 class Superres:
-    """What `superres` wrote.
-
-    Attributes
-    ----------
-    store
-        The section's store.
-    element, spread
-        Names of the map and of the spread over samples (None for a single sample).
-    genes
-        Number of genes.
-    consistency_error
-        Largest relative error of a gene, ``sum |map over spot - count| / sum count``, over the spots that lie
-        entirely inside the map and its support; None if maps were not corrected or there is no such spot.
-    seconds
-        Run time.
-    notes
-        Remarks for the user.
-    """
+    """What `superres` wrote."""
 
     store: Path
+    """The store with the map: the section's own or a copy."""
     element: str
+    """Name of the map."""
     spread: str | None
+    """Name of the spread over samples; None for a single sample."""
     genes: int
+    """Number of genes."""
     consistency_error: float | None
+    """Largest relative error of a gene, ``sum |map over spot - count| / sum count``, over the spots that lie entirely
+    inside the map and its support; None if maps were not corrected or there is no such spot."""
     seconds: float
+    """Run time."""
     notes: list[str]
+    """Remarks for the user."""
 
 
 def superres(
@@ -193,9 +185,8 @@ def _check_output(section: Section, output: str | Path | None) -> None:
 def _measured(store: Path) -> dict:
     """The identity of a section: its elements that are not results, with their provenance and attributes."""
     found = catalogue.Catalogue(store)
-    made = found.provenance
-    kept = [name for name in found.elements if not catalogue.is_result(made.get(name, {}))]
-    return {name: (made.get(name), found.attributes_of(name)) for name in kept}
+    kept = [name for name in found.elements if not catalogue.is_result(found.provenance.get(name, {}))]
+    return {name: (found.provenance.get(name), found.attributes_of(name)) for name in kept}
 
 
 @contextmanager

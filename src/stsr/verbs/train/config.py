@@ -13,6 +13,13 @@ from stsr.methods.method import Method, check_not_negative, check_positive, conf
 from stsr.verbs.train.section import SPOT_KINDS
 
 _GROUPS = ("train", "method")
+_ACCEPTED: dict[type, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    str: (str, "text"),
+}
+"""Type of a default: types of values that replace it, and their name."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,23 @@ class TrainConfig:
     train_tile_lr
         Side of a training tile, low-resolution pixels.
     genes
-        0 for all genes that the sections share, a number for the most highly expressed, or names.
+        The panel: 0 for all genes that the sections share, a number for the most highly expressed (in the training
+        area), or names.
     spots
-        Kinds of simulated spots.
-    phases, depths, stain, flips, tissue, gap_lr
-        As in `stsr.verbs.train.tiles.TrainingTiles`.
+        Kinds of simulated spots, one drawn per tile: ``"square"``, ``"visium"``.
+    phases
+        Shifts of the low-resolution raster per axis, which vary the positions of the spots.
+    depths
+        Fractions of the transcripts to keep; each section is used once at every depth.
+    stain
+        Standard deviation of the random log gain of each channel's optical density.
+    flips
+        Whether tiles are rotated and mirrored.
+    tissue
+        Minimum fraction of a tile that lies in tissue.
+    gap_lr
+        Distance of training tiles from excluded and validation areas, low-resolution pixels. 0 for one tile, or less
+        if that would take more than a quarter of the training tiles, but at least 1.
     validate_every, validation_tiles
         Steps between validations, and maximum number of validation tiles.
     log_every
@@ -165,7 +184,7 @@ def resolve(
 
     def put(key: str, value: Any) -> None:
         group, name = _home(key, classes)
-        chosen[group][name] = _fitting(name, value, _default(classes[group], name))
+        chosen[group][name] = _fitting(name, value, getattr(classes[group], name))
 
     for key, value in config.items():
         if key in _GROUPS and isinstance(value, Mapping):
@@ -207,10 +226,6 @@ def _parsed(text: str) -> Any:
         return [_parsed(part.strip()) for part in text.split(",") if part.strip()] if "," in text else text
 
 
-def _default(config_class: type, name: str) -> Any:
-    return next(field.default for field in fields(config_class) if field.name == name)
-
-
 def _fitting(name: str, value: Any, default: Any) -> Any:
     """Convert a value to the type of the default.
 
@@ -223,16 +238,7 @@ def _fitting(name: str, value: Any, default: Any) -> Any:
         return value if isinstance(value, int) else tuple([value] if isinstance(value, str) else value)
     if isinstance(default, tuple):
         return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if isinstance(default, bool):
-        right, what = isinstance(value, bool), "true or false"
-    elif isinstance(default, int):
-        right, what = isinstance(value, int) and not isinstance(value, bool), "a whole number"
-    elif isinstance(default, float):
-        right, what = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
-    elif isinstance(default, str):
-        right, what = isinstance(value, str), "text"
-    else:
-        return value
-    if not right:
+    accepted, what = _ACCEPTED[type(default)]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and not isinstance(default, bool)):
         raise UsageError(f"{name} must be {what}, not {value!r}")
     return float(value) if isinstance(default, float) else value

@@ -11,6 +11,7 @@ from stsr.errors import UsageError
 from stsr.geometry.grid import Grid
 from stsr.methods.batch import Requirements
 from stsr.store.section import Section
+from stsr.verbs.train.config import TrainConfig
 
 _SNAP = 1e-6  # bins; a coordinate this close to the edge of a bin is on the edge
 _LEFT_OVER = 0.75  # fraction of the training tiles that an automatic gap must leave
@@ -147,36 +148,22 @@ def choose_block(
 
 @dataclass(frozen=True)
 class Plan:
-    """Positions of a section's tiles.
-
-    Attributes
-    ----------
-    section
-        The `Section`.
-    grid
-        Its bins.
-    tissue
-        (height, width) bool.
-    excluded
-        Rectangles that are not used at all.
-    shifts
-        First bins (row, column) of the low-resolution rasters.
-    starts
-        First bins (n, 2) of the training tiles on each raster.
-    held_out
-        First bins (n, 2) of the validation tiles, on the unshifted raster.
-    gap_lr
-        Gap between training tiles and the other areas, low-resolution pixels.
-    """
+    """Positions of a section's tiles."""
 
     section: Section
     grid: Grid
     tissue: np.ndarray
+    """(height, width) bool."""
     excluded: list[Rectangle]
+    """Rectangles that are not used at all."""
     shifts: list[tuple[int, int]]
+    """First bins (row, column) of the low-resolution rasters."""
     starts: list[np.ndarray]
+    """First bins (n, 2) of the training tiles on each raster."""
     held_out: np.ndarray
+    """First bins (n, 2) of the validation tiles, on the unshifted raster."""
     gap_lr: int
+    """Gap between training tiles and the other areas, low-resolution pixels."""
 
     def seen(self, margin: int) -> np.ndarray:
         """All bins except the excluded ones and ``margin`` bins around them: (height, width) bool."""
@@ -197,19 +184,16 @@ class Plan:
 def plan_section(
     section: Section,
     requirements: Requirements,
+    config: TrainConfig,
     *,
-    regions: dict,
-    tile_lr: int,
     val: float,
-    gap_lr: int,
-    tissue: float,
-    phases: int,
+    regions: dict,
 ) -> Plan:
     """Place the tiles of a section, reading only its masks. Parameters are those of `TrainingTiles`."""
     assert section.image is not None, "check_section comes first"
     grid = section.grid(requirements.bin_um)
     per_lr = requirements.per_lr
-    side = tile_lr * per_lr
+    side = config.train_tile_lr * per_lr
     mask = _tissue_of(section, grid)
     covered = section.image.covered(grid)
     excluded = [Rectangle.of_um(bounds, grid) for bounds in regions.get("exclude", ())]
@@ -217,11 +201,11 @@ def plan_section(
     def usable(starts: np.ndarray) -> np.ndarray:
         if not len(starts):
             return starts
-        enough = window_shares(mask, starts, side) >= tissue
+        enough = window_shares(mask, starts, side) >= config.tissue
         return starts[enough & (window_shares(covered, starts, side) >= _COVERED)]
 
-    shifts = shifts_of(grid, phases, requirements)
-    windows = [usable(window_starts(grid, shift, tile_lr, per_lr)) for shift in shifts]
+    shifts = shifts_of(grid, config.phases, requirements)
+    windows = [usable(window_starts(grid, shift, config.train_tile_lr, per_lr)) for shift in shifts]
     first = windows[0]
     if "validation" in regions:
         blocks = [Rectangle.of_um(bounds, grid) for bounds in regions["validation"]]
@@ -235,7 +219,7 @@ def plan_section(
         inside |= block.holds(first, side)
     held_out = first[inside & far_from(first, side, excluded, 0)]
     apart = excluded + blocks
-    gap = gap_lr * per_lr or widest_gap(first, side, apart, per_lr)
+    gap = config.gap_lr * per_lr or widest_gap(first, side, apart, per_lr)
     starts = [window[far_from(window, side, apart, gap)] for window in windows]
     return Plan(section, grid, mask, excluded, shifts, starts, held_out, gap // per_lr)
 
@@ -250,32 +234,21 @@ def _tissue_of(section: Section, grid: Grid) -> np.ndarray:
 
 def _block(corner: int, size: int, height: int, width: int) -> Rectangle:
     """Blocks 0 to 3 are squares at the corners, 4 to 7 bands at the ends."""
-    tall, wide = min(size, height), min(size, width)
-    if corner < 4:
-        top = 0 if corner < 2 else height - tall
-        left = 0 if corner % 2 == 0 else width - wide
-        return Rectangle(top, left, top + tall, left + wide)
-    if corner < 6:
-        top = 0 if corner == 4 else height - tall
-        return Rectangle(top, 0, top + tall, width)
-    left = 0 if corner == 6 else width - wide
-    return Rectangle(0, left, height, left + wide)
+    tall = height if corner >= 6 else min(size, height)
+    wide = width if corner in (4, 5) else min(size, width)
+    top = 0 if corner in (0, 1, 4) else height - tall
+    left = 0 if corner in (0, 2, 6) else width - wide
+    return Rectangle(top, left, top + tall, left + wide)
 
 
 def shifts_of(grid: Grid, per_axis: int, requirements: Requirements) -> list[tuple[int, int]]:
     """First bins of the low-resolution rasters: ``per_axis`` shifts in y and in x, by whole image pixels."""
     step = max(1, round(requirements.image_um / requirements.bin_um))
     starts = sorted({number * requirements.per_lr // per_axis // step * step for number in range(per_axis)})
-
-    def fits(start: int, size: int) -> bool:
-        return size - start >= requirements.per_lr
-
-    return [
-        (row, column)
-        for row in starts
-        for column in starts
-        if fits(row, grid.height) and fits(column, grid.width)
-    ]
+    rows, columns = (
+        [start for start in starts if size - start >= requirements.per_lr] for size in grid.shape
+    )
+    return [(row, column) for row in rows for column in columns]
 
 
 def window_starts(grid: Grid, shift: tuple[int, int], side_lr: int, per_lr: int) -> np.ndarray:

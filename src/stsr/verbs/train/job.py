@@ -28,35 +28,20 @@ _NEUTRAL = ("prefetch", "save_every", "save_seconds", "log_every")  # settings t
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """A resolved training run.
-
-    Attributes
-    ----------
-    name, method
-        The method's name and class.
-    method_config, config
-        Settings of the method and of training.
-    tiles
-        Training and validation tiles.
-    device
-        Where the network is trained.
-    seed
-        Determines all random numbers.
-    init
-        A checkpoint to start from, or None.
-    settings
-        Everything that the result depends on, JSON-able.
-    """
+    """A resolved training run; fields without a description are as in `stsr.train`."""
 
     name: str
+    """Of the method."""
     method: type[Method]
     method_config: Any
     config: TrainConfig
     tiles: TrainingTiles
     device: torch.device
     seed: int
+    """Determines all random numbers."""
     init: Path | None
     settings: dict[str, Any]
+    """Everything that the result depends on, JSON-able."""
 
     def generator(
         self, purpose: str, number: int, device: torch.device | str | None = None
@@ -115,23 +100,7 @@ def make_job(
     requirements = chosen(method_config, ("gene",)).requirements  # the same for every panel
     for section in opened:
         check_section(section, requirements)
-    tiles = TrainingTiles(
-        opened,
-        requirements,
-        tile_lr=training.train_tile_lr,
-        genes=training.genes or None,
-        val=val,
-        regions=regions,
-        seed=seed,
-        spots=training.spots,
-        gap_lr=training.gap_lr,
-        tissue=training.tissue,
-        phases=training.phases,
-        depths=training.depths,
-        stain=training.stain,
-        flips=training.flips,
-        validation_tiles=training.validation_tiles,
-    )
+    tiles = TrainingTiles(opened, requirements, training, val=val, regions=regions, seed=seed)
     whole = {
         "stsr": __version__,
         "method": name,

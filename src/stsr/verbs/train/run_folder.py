@@ -22,32 +22,24 @@ class State:
     """Everything that training needs to resume exactly.
 
     Random numbers have no state: those of a step are determined by the seed and the step.
-
-    Attributes
-    ----------
-    method, ema
-        The network in training, and its copy with averaged weights.
-    optimizer
-        AdamW.
-    step
-        Completed steps.
-    best, best_step, best_weights
-        Smallest validation loss so far, its step, and the averaged weights at that step.
-    pending
-        Sums of the loss terms since the last log line; their number is under ``"steps"``.
-    seconds
-        Training time so far.
     """
 
     method: Method
     ema: Method
+    """A copy of the network in training, with averaged weights."""
     optimizer: torch.optim.Optimizer
+    """AdamW."""
     step: int = 0
+    """Completed steps."""
     best: float | None = None
+    """Smallest validation loss so far."""
     best_step: int = 0
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Averaged weights at that step."""
     pending: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Sums of the loss terms since the last log line; their number is under ``"steps"``."""
     seconds: float = 0.0
+    """Training time so far."""
 
     def save(self, path: Path) -> None:
         """Write the state, in one atomic step."""

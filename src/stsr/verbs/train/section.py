@@ -88,46 +88,32 @@ class SparseCounts:
 
 @dataclass(frozen=True)
 class Raster:
-    """Simulated spots as a low-resolution raster that starts at bin (row, column) of the section's grid.
-
-    Attributes
-    ----------
-    lr, mask
-        (g, h, w) and (1, h, w) float32, from `Measurement.raster`.
-    mean
-        (g,) float32, mean counts as in `Batch.lr_mean`.
-    """
+    """Simulated spots as a low-resolution raster that starts at bin (row, column) of the section's grid."""
 
     row: int
     column: int
     lr: np.ndarray
+    """(g, h, w) float32, from `Measurement.raster`."""
     mask: np.ndarray
+    """(1, h, w) float32, likewise."""
     mean: np.ndarray
+    """(g,) float32, mean counts as in `Batch.lr_mean`."""
 
 
 @dataclass(frozen=True)
 class TrainingSection:
-    """A training section in memory.
-
-    Attributes
-    ----------
-    name
-        Name of the section.
-    grid
-        Bins.
-    image
-        (3, H, W) uint8 over the grid.
-    counts
-        Counts per bin.
-    rasters
-        ``rasters[phase][kind]``: simulated spots for every shift of the low-resolution raster.
-    """
+    """A training section in memory."""
 
     name: str
+    """Name of the section."""
     grid: Grid
+    """Bins."""
     image: np.ndarray
+    """(3, H, W) uint8 over the grid."""
     counts: SparseCounts
+    """Counts per bin."""
     rasters: list[list[Raster]]
+    """``rasters[phase][kind]``: simulated spots for every shift of the low-resolution raster."""
 
     def update(self, digest: hashlib._Hash) -> None:
         """Add everything that training uses to a hash."""

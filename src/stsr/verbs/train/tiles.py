@@ -14,9 +14,9 @@ from stsr.errors import StsrError, UsageError
 from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements
 from stsr.store.section import Section
 from stsr.verbs.train.augmentation import stained, turned, turned_places
+from stsr.verbs.train.config import TrainConfig
 from stsr.verbs.train.heldout import Plan, plan_section
 from stsr.verbs.train.section import (
-    SPOT_KINDS,
     SparseCounts,
     TrainingSection,
     check_section,
@@ -38,35 +38,15 @@ class TrainingTiles:
         Sections with counts per bin and an image.
     requirements
         Bin size, image pixel and raster of the method; its panel is ignored.
-    tile_lr
-        Side of a training tile, low-resolution pixels.
-    spots
-        Kinds of simulated spots, one drawn per tile: ``"square"``, ``"visium"``.
-    genes
-        The panel: names, or a number of the most highly expressed (in the training area); None for all genes that the
-        sections share.
+    config
+        Settings of training; those of the optimiser are ignored.
     val
         Fraction of each section's tissue that is kept for validation; 0 for none.
     regions
         ``{section name: {"exclude": [[x0, y0, x1, y1], ...], "validation": [...]}}``, um. Neither is used for training.
         Validation regions of a section replace the automatic one.
-    gap_lr
-        Distance of training tiles from both, low-resolution pixels. 0 for one tile, or less if that would take more
-        than a quarter of the training tiles, but at least 1.
-    tissue
-        Minimum fraction of a tile that lies in tissue.
-    phases
-        Shifts of the low-resolution raster per axis, which vary the positions of the spots.
-    depths
-        Fractions of the transcripts to keep; each section is used once at every depth.
-    stain
-        Standard deviation of the random log gain of each channel's optical density.
-    flips
-        Whether tiles are rotated and mirrored.
-    validation_tiles
-        Maximum number of validation tiles.
     seed
-        Seed of the thinning to ``depths``; the other random numbers come with each batch.
+        Seed of the thinning to the config's depths; the other random numbers come with each batch.
 
     Attributes
     ----------
@@ -82,59 +62,41 @@ class TrainingTiles:
     StsrError
         If a section has no counts per bin or no image, or no training or validation tile is left.
     UsageError
-        If a setting is out of range or a region belongs to no section.
+        If ``val`` is out of range or a region belongs to no section.
     """
 
     def __init__(
         self,
         sections: Sequence[Section],
         requirements: Requirements,
+        config: TrainConfig,
         *,
-        tile_lr: int = 6,
-        spots: Sequence[str] = ("square", "visium"),
-        genes: int | Sequence[str] | None = None,
         val: float = 0.15,
         regions: dict[str, dict] | None = None,
-        gap_lr: int = 0,
-        tissue: float = 0.3,
-        phases: int = 2,
-        depths: Sequence[float] = (1.0,),
-        stain: float = 0.1,
-        flips: bool = True,
-        validation_tiles: int = 48,
         seed: int = 0,
     ):
         for section in sections:
             check_section(section, requirements)
-        _check(spots, val, depths)
+        if not 0 <= val < 1:
+            raise UsageError(
+                f"the validation fraction must be at least 0 and below 1, not {val:g}; give --val 0.15"
+            )
         regions = _regions(regions, sections)
         self.requirements = requirements
-        self.tile_lr = tile_lr
-        self.side = tile_lr * requirements.per_lr  # bins
-        self.stain = stain
-        self.flips = flips
-        self._spots = tuple(spots)
+        self.config = config
+        self.side = config.train_tile_lr * requirements.per_lr  # bins
         self._pools: list[tuple[TrainingSection, int, np.ndarray]] = []  # (section, phase, first bins (n, 2))
         self._held_out: list[
             tuple[TrainingSection, int, int, int]
         ] = []  # (section, kind, first row, first column)
         plans = [
-            plan_section(
-                section,
-                requirements,
-                regions=regions.get(section.name, {}),
-                tile_lr=tile_lr,
-                val=val,
-                gap_lr=gap_lr,
-                tissue=tissue,
-                phases=phases,
-            )
+            plan_section(section, requirements, config, val=val, regions=regions.get(section.name, {}))
             for section in sections
         ]
         self.gaps_lr = [plan.gap_lr for plan in plans]
         if not any(len(starts) for plan in plans for starts in plan.starts):
             raise StsrError(
-                f"no tile of {tile_lr * requirements.lr_um:g} um with tissue is left for training; "
+                f"no tile of {config.train_tile_lr * requirements.lr_um:g} um with tissue is left for training; "
                 "give larger sections, a smaller train_tile_lr or --val 0"
             )
         if (val > 0 or any("validation" in own for own in regions.values())) and not any(
@@ -143,8 +105,8 @@ class TrainingTiles:
             raise StsrError(
                 "no section is large enough for a validation area; give larger sections, or --val 0 for none"
             )
-        self._read(plans, genes, depths, np.random.default_rng(seed))
-        self._held_out = _spread(self._held_out, validation_tiles)
+        self._read(plans, np.random.default_rng(seed))
+        self._held_out = _spread(self._held_out, config.validation_tiles)
         self._totals = np.cumsum([len(starts) for *_, starts in self._pools])
 
     @property
@@ -185,12 +147,12 @@ class TrainingTiles:
         rng = np.random.default_rng(
             int(torch.randint(2**62, (), generator=generator, device=generator.device))
         )
-        chosen = []
+        chosen, stain = [], self.config.stain
         for pool, start in self._draw(size, rng):
             section, phase, _ = self._pools[pool]
-            turn = int(rng.integers(8)) if self.flips else 0
-            gains = np.exp(rng.normal(0, self.stain, 3)) if self.stain else None
-            chosen.append((section, phase, int(rng.integers(len(self._spots))), start, turn, gains))
+            turn = int(rng.integers(8)) if self.config.flips else 0
+            gains = np.exp(rng.normal(0, stain, 3)) if stain else None
+            chosen.append((section, phase, int(rng.integers(len(self.config.spots))), start, turn, gains))
         return self._assemble(chosen)
 
     def validation_batches(self, size: int = 8) -> Iterator[Batch]:
@@ -203,14 +165,9 @@ class TrainingTiles:
 
     # ---------------------------------------------------------------------------------------------- reading data
 
-    def _read(
-        self,
-        plans: list[Plan],
-        genes: int | Sequence[str] | None,
-        depths: Sequence[float],
-        rng: np.random.Generator,
-    ) -> None:
+    def _read(self, plans: list[Plan], rng: np.random.Generator) -> None:
         """Choose the panel, read counts and images, and simulate spots."""
+        genes, depths = self.config.genes, self.config.depths
         names = _candidates([plan.section for plan in plans], genes)
         counts = [read_counts(plan.section, names, plan.grid) for plan in plans]
         totals, bins = np.zeros(len(names)), 0
@@ -218,7 +175,7 @@ class TrainingTiles:
             area = plan.training_area(self.side).ravel()
             totals += np.asarray(read.matrix[area].sum(0, dtype=np.float64)).ravel()
             bins += int(area.sum())
-        if isinstance(genes, int) and genes < len(names):
+        if isinstance(genes, int) and 0 < genes < len(names):
             chosen = np.sort(np.argsort(-totals, kind="stable")[:genes])
             names, totals = [names[index] for index in chosen], totals[chosen]
             counts = [read_counts(plan.section, names, plan.grid) for plan in plans]
@@ -237,7 +194,7 @@ class TrainingTiles:
         """Add one section at one depth; only the one with all transcripts gives validation tiles."""
         seen = plan.seen(self.requirements.per_lr)
         rasters = simulate_rasters(
-            counts, plan.grid, plan.shifts, self._spots, seen, plan.tissue, self.requirements.lr_um
+            counts, plan.grid, plan.shifts, self.config.spots, seen, plan.tissue, self.requirements.lr_um
         )
         section = TrainingSection(plan.section.name, plan.grid, image, counts, rasters)
         for phase, starts in enumerate(plan.starts):
@@ -245,7 +202,7 @@ class TrainingTiles:
                 self._pools.append((section, phase, starts))
         if plain:
             for number, (row, column) in enumerate(plan.held_out.tolist()):
-                self._held_out.append((section, number % len(self._spots), row, column))
+                self._held_out.append((section, number % len(self.config.spots), row, column))
 
     # ------------------------------------------------------------------------------------------------- assembling
 
@@ -280,7 +237,7 @@ class TrainingTiles:
 
     def _assemble(self, tiles: list[tuple]) -> Batch:
         """Assemble tiles (section, phase, kind, first bin, turn, stain gains) into a batch."""
-        size, genes, side, small = len(tiles), len(self.panel), self.side, self.tile_lr
+        size, genes, side, small = len(tiles), len(self.panel), self.side, self.config.train_tile_lr
         pixels = side * self.requirements.image_per_lr // self.requirements.per_lr
         image = np.empty((size, 3, pixels, pixels), np.uint8)
         lr = np.empty((size, genes, small, small), np.float32)
@@ -312,13 +269,13 @@ class TrainingTiles:
         )
 
 
-def _candidates(sections: Sequence[Section], genes: int | Sequence[str] | None) -> list[str]:
+def _candidates(sections: Sequence[Section], genes: int | Sequence[str]) -> list[str]:
     """Genes that all sections have, in the order of the first one, or the requested ones."""
     lists = [section.hr.genes for section in sections if section.hr is not None]
     shared = set.intersection(*(set(own) for own in lists))
     if not shared:
         raise StsrError("the sections have no gene in common; train on sections of one panel")
-    if genes is None or isinstance(genes, int):
+    if not genes or isinstance(genes, int):
         return [gene for gene in lists[0] if gene in shared]
     missing = [gene for gene in genes if gene not in shared]
     if missing:
@@ -343,19 +300,6 @@ def _regions(regions: dict | None, sections: Sequence[Section]) -> dict[str, dic
         if wrong:
             raise UsageError(f"regions must be {' or '.join(_REGION_KEYS)}, not {wrong.pop()!r}")
     return named
-
-
-def _check(spots: Sequence[str], val: float, depths: Sequence[float]) -> None:
-    if not spots or set(spots) - set(SPOT_KINDS):
-        raise UsageError(f"spots must be {' or '.join(SPOT_KINDS)}, not {', '.join(spots) or 'nothing'}")
-    if not 0 <= val < 1:
-        raise UsageError(
-            f"the validation fraction must be at least 0 and below 1, not {val:g}; give --val 0.15"
-        )
-    if not depths or not all(0 < depth <= 1 for depth in depths):
-        raise UsageError(
-            f"depths must be fractions of the transcripts, above 0 and at most 1, not {list(depths)}"
-        )
 
 
 def _spread(tiles: list[tuple], most: int) -> list[tuple]:

@@ -1,0 +1,85 @@
+"""Load the method of a run: a checkpoint, the packaged model, or a method that needs no training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stsr import checkpoint
+from stsr.errors import UsageError
+from stsr.methods import method_class
+from stsr.methods.method import Method, channels_last
+from stsr.store.section import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A method and where it comes from."""
+
+    method: Method
+    """Ready to predict, on the device."""
+    name: str
+    """As in `stsr.methods.METHODS`."""
+    model: str
+    """The checkpoint's file name, ``default``, or the method's name if it needs no training."""
+    digest: str | None
+    """Of the checkpoint; None without one."""
+    device: torch.device
+
+
+def load(
+    model: str | Path | None, method: str | None, section: Section, *, use_lr: bool, device: torch.device
+) -> Loaded:
+    """Load the method to use: from a checkpoint, the packaged one, or one that needs no training.
+
+    Raises
+    ------
+    UsageError
+        If both are given, the method has to be trained, or it needs spots and the section has none.
+    StsrError
+        If the checkpoint is missing or damaged.
+    """
+    if model is not None and method is not None:
+        raise UsageError("--model and --method exclude each other: a model contains its method")
+    if method is None:
+        path = checkpoint.default_weights() if model is None else Path(model)
+        loaded = checkpoint.load(path, device)
+        label = "default" if model is None else path.name
+        # channels_last is twice as fast on CPUs, and on tensor cores.
+        fast = channels_last(loaded.method)
+        return Loaded(method=fast, name=loaded.name, model=label, digest=loaded.digest, device=device)
+    chosen: Any = method_class(method)
+    if chosen.learns:
+        raise UsageError(
+            f"{method} has to be trained: stsr train SECTION --method {method} -o m.safetensors, then --model"
+        )
+    if section.spots is None or not use_lr:
+        raise UsageError(f"{method} needs measured spots and {section.path.name} has none; use a model")
+    baseline = chosen(panel=tuple(section.spots.genes)).eval()
+    return Loaded(method=baseline, name=method, model=method, digest=None, device=device)
+
+
+def configure_sampling(
+    method: Method, *, steps: int | None, sampler: str | None, guidance: float | None
+) -> None:
+    """Set how a diffusion method samples; a value of None keeps the method's own.
+
+    Raises
+    ------
+    UsageError
+        If the method does not sample, or a value is out of range.
+    """
+    wishes = {"steps": steps, "sampler": sampler, "guidance": guidance}
+    asked = {key: value for key, value in wishes.items() if value is not None}
+    if not asked:
+        return
+    if not hasattr(method, "sampling"):
+        raise UsageError(f"this model does not sample; leave out {', '.join('--' + key for key in asked)}")
+    sampling: Any = method.sampling
+    try:
+        method.sampling = replace(sampling, **asked)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
