@@ -226,10 +226,10 @@ def test_the_command_line_is_kept_with_every_option(folder, tmp_path):
 def test_the_image_is_resampled_once_per_alignment(folder, tmp_path, monkeypatch):
     read, alignments = Image.read, []
 
-    def counted(self, grid, fill=255):
+    def counted(self, grid):
         if not isinstance(self.levels[0], np.ndarray):  # not the small overview in memory
             alignments.append(self.px_to_um.tobytes())
-        return read(self, grid, fill)
+        return read(self, grid)
 
     monkeypatch.setattr(Image, "read", counted)
     prepare(folder, tmp_path / "s.zarr")
