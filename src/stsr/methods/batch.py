@@ -30,6 +30,10 @@ class Requirements:
         Side of a prediction tile, and minimum overlap of neighbouring tiles, in low-resolution pixels.
     lr_um
         Pitch of the low-resolution raster, um.
+    features
+        Number of channels of the patch features that it reads beside the image; 0 for none.
+    features_um
+        Size of their pixels, um; the low-resolution pixel is a multiple of it.
     """
 
     panel: tuple[str, ...]
@@ -38,6 +42,8 @@ class Requirements:
     tile_lr: int = 8
     overlap_lr: int = 3
     lr_um: float = LR_UM
+    features: int = 0
+    features_um: float = 20.0
 
     @property
     def per_lr(self) -> int:
@@ -48,6 +54,11 @@ class Requirements:
     def image_per_lr(self) -> int:
         """Image pixels along a low-resolution pixel."""
         return bins_per_lr(self.image_um, self.lr_um)
+
+    @property
+    def features_per_lr(self) -> int:
+        """Pixels of patch features along a low-resolution pixel."""
+        return bins_per_lr(self.features_um, self.lr_um)
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,11 @@ class Batch:
         (g,) gene names; they also key the noise.
     hr
         (b, g, H, W) float32, counts per bin; None when predicting.
+    measured
+        (b, g) bool: whether the gene was measured in the tile's section. Where it was not, ``lr`` and ``hr`` are 0 and
+        say nothing. None if every gene was measured.
+    features
+        (b, c, F, F) float32, patch features of the image; None if the method reads none.
     """
 
     image: torch.Tensor
@@ -83,6 +99,8 @@ class Batch:
     genes: torch.Tensor
     names: tuple[str, ...]
     hr: torch.Tensor | None = None
+    measured: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the batch to a device."""
@@ -107,6 +125,8 @@ class Batch:
             has_lr=self.has_lr[chosen],
             lr_mean=self.lr_mean[chosen],
             hr=None if self.hr is None else self.hr[chosen],
+            measured=None if self.measured is None else self.measured[chosen],
+            features=None if self.features is None else self.features[chosen],
         )
 
     def of_genes(self, chosen: torch.Tensor) -> Batch:
@@ -118,7 +138,14 @@ class Batch:
             genes=self.genes[chosen],
             names=tuple(self.names[index] for index in chosen.tolist()),
             hr=None if self.hr is None else self.hr[:, chosen],
+            measured=None if self.measured is None else self.measured[:, chosen],
         )
+
+    def known(self) -> torch.Tensor:
+        """1 where a gene was measured in the tile's section, else 0: (b, g) float."""
+        if self.measured is None:
+            return self.lr.new_ones(self.lr.shape[:2])
+        return self.measured.to(self.lr.dtype)
 
     def truth(self) -> torch.Tensor:
         """Counts per bin (b, g, H, W) of a training batch."""
