@@ -238,12 +238,12 @@ class DiffST(DiffusionMethod):
         features = self.features(batch, progress)
         dropped = self.chance(config.condition_dropout, len(batch), generator).to(batch.lr.device)
         condition = torch.where(dropped[:, None, None, None], self.null_condition, features.condition)
+        known = batch.known()
+        # Genes are channels of one map: those without counts enter as their expectation, which is 0.
+        x0 = self.residual(batch).encode(batch.truth()) * known[..., None, None]  # (b, p, H, W)
         terms = {
             "denoise": self.denoising.error(
-                lambda x, sigma: self.denoise(x, sigma, condition),
-                self.residual(batch).encode(batch.truth()),
-                generator,
-                batch.known(),
+                lambda x, sigma: self.denoise(x, sigma, condition), x0, generator, known
             ),
             "disentangle": disentangling_loss(features.shared, features.unique, batch.has_lr),
         }
