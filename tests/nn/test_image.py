@@ -76,7 +76,7 @@ def test_pixels_as_large_as_bins_pass_as_they_are():
 
 
 def test_cells_smaller_than_a_bin_change_the_maps():
-    """Stripes of 2 um have the same mean in every bin as stripes of 4 um; only an encoder of pixels sees a difference."""
+    """Stripes of 1 um and of 5 um have the same mean in every bin; only an encoder of pixels sees a difference."""
     encoder = ImageEncoder(10, 16).eval()
     at = torch.arange(200)
     fine, coarse = ((at // width % 2).float().expand(1, 3, 200, 200) for width in (1, 5))
