@@ -1,0 +1,188 @@
+"""What a finer image adds, on another organ: python tests/benchmarks/kidney.py VISIUM_HD RUNS [--only LABEL,...]
+
+VISIUM_HD is a Visium HD folder of a human kidney with its H&E (10x Genomics, CC BY 4.0). `stsr prepare` makes
+RUNS/kidney.zarr: spots of Visium's lattice from one binomial half of the counts, and the other half as truth. The
+right 2 mm are kept out of training and validation, with a gap; models are trained on the rest, with pixels of 10 and
+of 2 um, and predict the right part from spots and image, without consistency. Scored are the 200 genes with the most
+counts elsewhere (without mitochondrial ones), in bins of 20, 40 and 80 um.
+
+It may be interrupted and run again: models and the rows of RUNS/kidney/scores.csv are reused. `--print` only prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import stsr
+from stsr import metrics
+from stsr.geometry.grid import Grid, add_up
+from stsr.store.section import Section, open_section
+
+UNSEEN_UM = (4800.0, 0.0, 6800.0, 3800.0)
+REGIONS = {"kidney": {"exclude": [UNSEEN_UM], "validation": [[3800, 0, 4400, 1200]]}}
+GENES = 200
+FACTORS = (2, 4, 8)
+SETTINGS = {"gap_lr": 2, "select": "last", "validation_tiles": 16, "storage": "float16"}
+STEPS = {"unet": 1200, "c3diff": 600, "diffst": 600}
+
+# label -> (method, settings)
+VARIANTS: dict[str, tuple[str, dict]] = {
+    f"{method}, {image_um} um": (method, {"image_um": float(image_um)})
+    for method in STEPS
+    for image_um in (10, 2)
+}
+
+
+def main() -> None:
+    """Prepare, train and score what is missing, then print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", type=lambda text: text.split(","), metavar="LABEL[,LABEL]")
+    parser.add_argument("--steps", type=int, help="instead of the steps of each method")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="LABEL=FILE", help="score another model"
+    )
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
+    parser.add_argument("--print", action="store_true", help="only print the table of what is scored")
+    asked = parser.parse_args()
+    labels = list(VARIANTS) if asked.only is None else [label.strip() for label in asked.only]
+    if unknown := set(labels) - set(VARIANTS) - {""}:
+        parser.error(f"no variant is called {', '.join(unknown)}; there are: {'; '.join(VARIANTS)}")
+    bench = Bench(asked.folder, asked.runs)
+    if not asked.print:
+        bench.score("bilinear", 0, method="bilinear")
+        for label, file in (entry.split("=", 1) for entry in asked.model):
+            bench.score(label, 0, model=file)
+        for seed in asked.seeds:
+            for label in filter(None, labels):
+                model = bench.trained(label, seed, asked.steps, asked.settings)
+                bench.score(label, seed, model=model)
+    bench.print()
+
+
+class Bench:
+    """The section, its unseen part, and the scores so far."""
+
+    def __init__(self, folder: Path, runs: Path):
+        self.store = runs / "kidney.zarr"
+        self.work = runs / "kidney"
+        self.work.mkdir(parents=True, exist_ok=True)
+        if not self.store.exists():
+            stsr.prepare(folder, self.store, spots="visium")
+        section = open_section(self.store)
+        assert section.hr is not None
+        self.area: Grid = section.hr.grid.crop_um(*UNSEEN_UM)
+        self.genes = _most_counted(section, self.area)
+        self.truth = section.map("hr_10um_unseen").read(self.genes, window=self.area).astype(float)
+        self.other = section.hr.read(self.genes, window=self.area).astype(float) - self.truth
+
+    @property
+    def scores(self) -> pd.DataFrame:
+        """The rows so far: label, seed, bin_um, pcc, deviance_explained."""
+        path = self.work / "scores.csv"
+        return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["label", "seed"])
+
+    def trained(self, label: str, seed: int, steps: int | None, settings: list[str]) -> Path:
+        """Train a variant, unless it is there."""
+        method, own = VARIANTS[label]
+        model = self.work / f"{label.replace(', ', '_').replace(' ', '')}_{seed}.safetensors"
+        if not model.exists():
+            began = time.monotonic()
+            stsr.train(
+                [self.store],
+                model,
+                method=method,
+                config={**SETTINGS, **own, "genes": self.genes},
+                settings=settings,
+                steps=steps or STEPS[method],
+                regions=REGIONS,
+                seed=seed,
+                progress=lambda done, total, text: print(f"{label} {seed}: {text}", file=sys.stderr),
+            )
+            print(f"{label} {seed}: {(time.monotonic() - began) / 60:.1f} minutes", file=sys.stderr)
+        return model
+
+    def score(self, label: str, seed: int, **options) -> None:
+        """Predict the unseen part and add a row per bin size, unless they are there."""
+        before = self.scores
+        if ((before["label"] == label) & (before["seed"] == seed)).any():
+            return
+        made = stsr.superres(
+            self.store,
+            genes=self.genes,
+            region=UNSEEN_UM,
+            samples=1 if label == "bilinear" else None,
+            consistency=False,
+            overwrite=True,
+            **options,
+        )
+        found = open_section(self.store).map(made.element).read(self.genes, window=self.area).astype(float)
+        rows = [{"label": label, "seed": seed, **row} for row in self._rows(found)]
+        pd.concat([before, pd.DataFrame(rows)]).to_csv(self.work / "scores.csv", index=False)
+
+    def _rows(self, found: np.ndarray) -> list[dict]:
+        rows = []
+        for factor in FACTORS:
+            height, width = (side // factor * factor for side in found.shape[1:])
+            mean, truth = (add_up(maps[:, :height, :width], factor) for maps in (found, self.truth))
+            rows.append(
+                {
+                    "bin_um": 10 * factor,
+                    "pcc": np.nanmean(metrics.pearson(mean, truth)),
+                    "deviance_explained": np.nanmean(metrics.deviance_explained(mean, truth)),
+                }
+            )
+        return rows
+
+    def ceiling(self, factor: int) -> float:
+        """PCC that the true expected counts would reach: root of the correlation of the two halves."""
+        height, width = (side // factor * factor for side in self.truth.shape[1:])
+        halves = (add_up(maps[:, :height, :width], factor) for maps in (self.truth, self.other))
+        return float(np.sqrt(np.maximum(metrics.pearson(*halves), 0)).mean())
+
+    def print(self) -> None:
+        """A markdown table: mean over seeds, and their largest difference from it."""
+        sizes = [10 * factor for factor in FACTORS]
+        print("| | seeds | " + " | ".join(f"PCC {size} µm" for size in sizes) + " | ", end="")
+        print(" | ".join(f"deviance {size} µm" for size in sizes) + " |")
+        print("|---|---|" + "---|" * 2 * len(sizes))
+        for label, part in self.scores.groupby("label", sort=False):
+            cells = [
+                _cell(part[part["bin_um"] == size][score].to_numpy())
+                for score in ("pcc", "deviance_explained")
+                for size in sizes
+            ]
+            print(f"| {label} | {part['seed'].nunique()} | " + " | ".join(cells) + " |")
+        ceilings = " | ".join(f"{self.ceiling(factor):.3f}" for factor in FACTORS)
+        print(f"| noise ceiling | | {ceilings} | " + " | " * len(FACTORS))
+
+
+def _most_counted(section: Section, area: Grid) -> list[str]:
+    """The genes with the most counts outside an area, without mitochondrial ones."""
+    assert section.hr is not None
+    totals = []
+    row, column = section.hr.grid.offset_of(area)
+    names = [gene for gene in section.hr.genes if not gene.startswith("MT-")]
+    for first in range(0, len(names), 64):
+        counts = section.hr.read(names[first : first + 64])
+        inside = counts[:, row : row + area.height, column : column + area.width].sum((1, 2), dtype=float)
+        totals.append(counts.sum((1, 2), dtype=float) - inside)
+    order = np.argsort(-np.concatenate(totals), kind="stable")[:GENES]
+    return [names[index] for index in order]
+
+
+def _cell(values: np.ndarray) -> str:
+    mean = values.mean()
+    return f"{mean:.3f}" if len(values) < 2 else f"{mean:.3f} ± {np.abs(values - mean).max():.3f}"
+
+
+if __name__ == "__main__":
+    main()
