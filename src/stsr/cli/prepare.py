@@ -41,15 +41,19 @@ def prepare(
         float | None, typer.Option(help="Pixel size in um, if it is not given in the data.")
     ] = None,
     spots: Annotated[
-        str,
-        typer.Option(help="Spots to simulate from transcripts: square (100 um) or visium (55 um diameter)."),
-    ] = "square",
+        str | None,
+        typer.Option(
+            help="Spots to simulate: square (100 um) or visium (55 um diameter); bins uses Visium HD's own bins of "
+            "16 um. Default: visium for Visium HD, otherwise square."
+        ),
+    ] = None,
     bin_um: Annotated[float, typer.Option(help="Size of high-resolution bins in um.")] = 10.0,
     min_qv: Annotated[float, typer.Option(help="Drop transcripts below this quality value (QV).")] = 20.0,
     genes: options.Genes = None,
     refine: Annotated[
         bool, typer.Option(help="Refine the H&E alignment by registering nuclei to transcripts.")
     ] = True,
+    seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Convert the output of an instrument to a section store. Prints the path of the store."""
@@ -68,6 +72,7 @@ def prepare(
         min_qv=min_qv,
         genes=None if wanted == [ALL_GENES] else wanted,
         refine=refine,
+        seed=seed,
         progress=console.progress,
         warn=console.warn,
     )

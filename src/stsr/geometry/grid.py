@@ -15,6 +15,7 @@ Array = TypeVar("Array")
 """A numpy array or a torch tensor."""
 
 _SNAP = 1e-6  # um; points closer than this to a bin edge lie on it
+_RASTER_OFF = 0.1  # largest relative difference of a low-resolution pixel from `LR_UM`
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,20 @@ class Grid:
 
     @classmethod
     def covering(cls, bounds_um: tuple[float, float, float, float], bin_um: float) -> Grid:
-        """The smallest grid of whole low-resolution pixels over ``(x0, y0, x1, y1)``.
+        """The smallest grid of whole low-resolution pixels (see `raster_um`) over ``(x0, y0, x1, y1)``.
 
         It starts at the corner (x0, y0).
 
         Raises
         ------
         ValueError
-            If the low-resolution pixel is not a multiple of the bin.
+            If no low-resolution pixel is a multiple of the bin.
         """
-        per_lr = bins_per_lr(bin_um)
+        lr_um = raster_um(bin_um)
+        per_lr = bins_per_lr(bin_um, lr_um)
         x0, y0, x1, y1 = bounds_um
-        columns = max(1, int(np.ceil((x1 - x0) / LR_UM - _SNAP)))
-        rows = max(1, int(np.ceil((y1 - y0) / LR_UM - _SNAP)))
+        columns = max(1, int(np.ceil((x1 - x0) / lr_um - _SNAP)))
+        rows = max(1, int(np.ceil((y1 - y0) / lr_um - _SNAP)))
         return cls(float(x0), float(y0), float(bin_um), rows * per_lr, columns * per_lr)
 
     @classmethod
@@ -169,10 +171,11 @@ class Grid:
         ValueError
             If the region does not overlap the grid.
         """
-        per_lr = bins_per_lr(self.bin_um)
+        lr_um = raster_um(self.bin_um)
+        per_lr = bins_per_lr(self.bin_um, lr_um)
         most = np.array(self.shape) // per_lr
-        first = np.array([y0 - self.y0_um, x0 - self.x0_um]) / LR_UM + _SNAP
-        last = np.array([y1 - self.y0_um, x1 - self.x0_um]) / LR_UM - _SNAP
+        first = np.array([y0 - self.y0_um, x0 - self.x0_um]) / lr_um + _SNAP
+        last = np.array([y1 - self.y0_um, x1 - self.x0_um]) / lr_um - _SNAP
         first, last = np.clip(np.floor(first), 0, most), np.clip(np.ceil(last), 0, most)
         if (last <= first).any():
             raise ValueError("the region lies outside the section")
@@ -180,14 +183,37 @@ class Grid:
         return self.window(row, column, height, width)
 
 
-def bins_per_lr(bin_um: float, lr_um: float = LR_UM) -> int:
-    """Number of bins along a side of a low-resolution pixel.
+def raster_um(bin_um: float) -> float:
+    """Side of the low-resolution pixels over bins of a size, um.
+
+    100 um where bins nest in it, else the multiple of the bin within 90..110 um that is nearest to 100 um: 96 um for
+    bins of 8 and 16 um.
+
+    Raises
+    ------
+    ValueError
+        If there is no such multiple.
+    """
+    per_lr = max(1, round(LR_UM / bin_um))
+    lr_um = per_lr * bin_um
+    if abs(lr_um - LR_UM) < _SNAP * per_lr:
+        return LR_UM
+    if abs(lr_um - LR_UM) > _RASTER_OFF * LR_UM + _SNAP:
+        raise ValueError(
+            f"no multiple of bins of {bin_um} um is about {LR_UM:g} um: they do not nest in a raster"
+        )
+    return lr_um
+
+
+def bins_per_lr(bin_um: float, lr_um: float | None = None) -> int:
+    """Number of bins along a side of a low-resolution pixel, by default that of `raster_um`.
 
     Raises
     ------
     ValueError
         If the pixel is not a multiple of the bin.
     """
+    lr_um = raster_um(bin_um) if lr_um is None else lr_um
     per_lr = lr_um / bin_um
     if abs(per_lr - round(per_lr)) > _SNAP or round(per_lr) < 1:
         raise ValueError(f"bins of {bin_um} um do not nest in {lr_um:g} um")

@@ -9,7 +9,7 @@ from types import ModuleType
 from stsr.errors import StsrError
 from stsr.platforms.source import Options, Source
 
-PLATFORMS = ("spatialdata", "xenium", "visium", "legacy_st", "anndata")
+PLATFORMS = ("spatialdata", "xenium", "visium_hd", "visium", "legacy_st", "anndata")
 """Modules of this folder, in the order in which they are tried; to add a platform, add its file and its name here."""
 
 

@@ -58,6 +58,43 @@ class Transcripts:
     apart_um: float = 0.0
 
 
+class BinChunk(NamedTuple):
+    """Counts of genes in bins, as four integer arrays (n,).
+
+    ``row`` and ``column`` of the bin in the array, ``gene`` an index into the panel, -1 for other features, and the
+    ``number`` of counts.
+    """
+
+    row: np.ndarray
+    column: np.ndarray
+    gene: np.ndarray
+    number: np.ndarray
+
+
+@dataclass(frozen=True)
+class Bins:
+    """A stream of counts in an array of square bins, such as those of Visium HD; it can be read several times.
+
+    Bin (row, column) covers ``[column * bin_um, (column + 1) * bin_um)`` in x and the same with its row in y.
+
+    Parameters
+    ----------
+    chunks
+        Called for each pass; yields ``BinChunk``. The same chunks come in the same order in each pass.
+    bin_um
+        Side of a bin, um.
+    in_tissue
+        (rows, columns) bool, over the array: bins in tissue. Counts lie in these only.
+    entries
+        Number of counts in the stream, for a progress bar.
+    """
+
+    chunks: Callable[[], Iterator[BinChunk]]
+    bin_um: float
+    in_tissue: np.ndarray
+    entries: int
+
+
 @dataclass(frozen=True)
 class Spots:
     """Measured spots."""
@@ -97,6 +134,7 @@ class Source:
     image: Image | None = None
     """The H&E."""
     transcripts: Transcripts | None = None
+    bins: Bins | None = None
     spots: Spots | None = None
     cells: Cells | None = None
     warnings: list[str] = field(default_factory=list)

@@ -50,18 +50,38 @@ def read_matrix(path: Path) -> AnnData:
         shape = tuple(int(n) for n in group["shape"][:])
         parts = group["data"][:], group["indices"][:], group["indptr"][:]
         matrix = sp.csc_matrix(parts, shape=shape).T.tocsr()  # (barcodes, features)
-        names, ids, kinds = (_text(group["features"][key]) for key in ("name", "id", "feature_type"))
-        barcodes = _text(group["barcodes"])
-    genes = kinds == GENE
-    if not genes.any():
-        raise StsrError(f"{path} holds no gene expression; give the matrix with all its features")
+        genes, names = read_genes(group, path)
+        ids, barcodes = _text(group["features"]["id"]), _text(group["barcodes"])
     matrix = matrix[:, genes]
     check_raw(matrix, str(path))
     found = anndata.AnnData(matrix.astype(np.int32))
-    found.obs_names, found.var_names = barcodes, names[genes]
+    found.obs_names, found.var_names = barcodes, names
     found.var["gene_ids"] = ids[genes]
-    found.var_names_make_unique()
     return found
+
+
+def read_genes(group: Any, path: Path) -> tuple[np.ndarray, list[str]]:
+    """Indices of the features that are genes, and their symbols; duplicate symbols get a suffix, as in scanpy.
+
+    Parameters
+    ----------
+    group
+        Open HDF5 group that holds the group ``features``.
+    path
+        The file, for the message.
+
+    Raises
+    ------
+    StsrError
+        If no feature is a gene.
+    """
+    import pandas as pd
+    from anndata.utils import make_index_unique
+
+    genes = np.flatnonzero(_text(group["features"]["feature_type"]) == GENE)
+    if not len(genes):
+        raise StsrError(f"{path} holds no gene expression; give the matrix with all its features")
+    return genes, list(make_index_unique(pd.Index(_text(group["features"]["name"])[genes])))
 
 
 def _text(dataset: Any) -> np.ndarray:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,8 +12,9 @@ from stsr.errors import StsrError
 from stsr.files import find, need, reading
 from stsr.geometry.lattice import VISIUM_PITCH_UM, VISIUM_SPOT_UM, fitted, hexagonal_um, with_shift
 from stsr.histology import files as he
-from stsr.histology.image import Image, scaling
+from stsr.histology.image import scaling
 from stsr.platforms.source import Options, Source, Spots, choose_genes
+from stsr.platforms.spaceranger import MATRICES, Registration, open_image
 from stsr.platforms.tenx import read_matrix
 
 if TYPE_CHECKING:
@@ -23,14 +23,10 @@ if TYPE_CHECKING:
 NAME = "visium"
 
 _COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
-_MATRIX = ("filtered_feature_bc_matrix.h5", "*filtered_feature_bc_matrix.h5", "raw_feature_bc_matrix.h5")
-_POSITIONS = ("tissue_positions.csv", "tissue_positions_list.csv", "tissue_positions.parquet")
-_FULL = ("*fullres*", "*full_image*", "*image*")
-_ENDINGS = (*he.TIFF_ENDINGS, ".jpg", ".jpeg", ".png")
+_POSITIONS = ("tissue_positions.csv", "tissue_positions_list.csv")
 _BEND = (
     0.15  # of the pitch: largest distance of a spot from the lattice; rounding to whole pixels stays below
 )
-_INSIDE = 0.9  # least share of the spots inside the image; with fewer it is another image
 
 
 def recognises(path: Path) -> bool:
@@ -62,12 +58,8 @@ def read(path: Path, options: Options) -> Source:
     folder = _folder(path)
     if folder is None:
         raise StsrError(f"{path} is not a Space Ranger folder; give the one with the folder spatial")
-    if (folder / "binned_outputs").is_dir() or find(folder / "spatial", "tissue_positions.parquet"):
-        raise StsrError(
-            f"{folder} is Visium HD, whose bins are not spots; give a Visium (v1 or v2) output folder"
-        )
     positions = _positions(need(folder / "spatial", *_POSITIONS, what="positions of the spots"))
-    counts = read_matrix(need(folder, *_MATRIX, what="counts per spot"))
+    counts = read_matrix(need(folder, *MATRICES, what="counts per spot"))
     genes = choose_genes(list(counts.var_names), options.genes, str(folder))
     positions = _in_tissue(positions, counts.obs_names, folder)
     measured_um = lattice_um_per_px(positions)
@@ -75,7 +67,8 @@ def read(path: Path, options: Options) -> Source:
     he.check_pixel(scaling(um_per_px), measured_um, f"the lattice of spots in {folder}")
     pixels = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float)  # x is the column
     warnings: list[str] = []
-    image = _image(path, folder, options, pixels, um_per_px, warnings)
+    registration = Registration(scaling(um_per_px), pixels, "spots")
+    image = open_image((folder, path), folder / "spatial", options, registration, warnings)
     table = counts[positions.index, genes].copy()
     table.obs["array_row"], table.obs["array_col"] = positions["array_row"], positions["array_col"]
     return Source(
@@ -121,10 +114,8 @@ def lattice_um_per_px(positions: pd.DataFrame) -> float:
 def _folder(path: Path) -> Path | None:
     for folder in (path, path / "outs"):
         if (folder / "spatial").is_dir() and (
-            find(folder / "spatial", *_POSITIONS) or find(folder, *_MATRIX)
+            find(folder / "spatial", *_POSITIONS) or find(folder, *MATRICES)
         ):
-            return folder
-        if (folder / "binned_outputs").is_dir():
             return folder
     return None
 
@@ -160,63 +151,3 @@ def _in_tissue(positions: pd.DataFrame, barcodes: Sequence[str], folder: Path) -
             f"no tissue found: no spot in {folder} is marked as in tissue; check tissue_positions"
         )
     return kept
-
-
-# ---------------------------------------------------------------------------------------------------- image
-
-
-def _image(
-    path: Path, folder: Path, options: Options, pixels: np.ndarray, um_per_px: float, warnings: list[str]
-) -> Image | None:
-    image = options.he or _found(path, folder)
-    if image is not None:
-        levels, _ = he.open_levels(image)
-        if options.alignment is not None:
-            px_to_um = he.read_alignment(options.alignment)
-            he.check_pixel(px_to_um, None, image.name)
-            return Image(levels, px_to_um, path=image)
-        _check_inside(levels[0], pixels, image, 1.0)
-        return Image(levels, scaling(um_per_px), path=image)
-    image = find(folder / "spatial", "tissue_hires_image.png", "tissue_hires_image.*", "*hires_image.png")
-    if image is None:
-        warnings.append(f"no image in {folder}: superres needs one; add the full-resolution image with --he")
-        return None
-    factor = _hires_factor(need(folder / "spatial", "scalefactors_json.json", what="the scale of the images"))
-    levels, _ = he.open_levels(image)
-    _check_inside(levels[0], pixels, image, factor)
-    warnings.append(
-        f"only {image.name} ({um_per_px / factor:.3g} um per pixel) is available and cells are not resolved; give the "
-        f"full-resolution image with --he"
-    )
-    return Image(levels, scaling(um_per_px / factor), path=image)
-
-
-def _found(path: Path, folder: Path) -> Path | None:
-    """The full-resolution image, if it lies beside the results."""
-    for place in dict.fromkeys((folder, path)):
-        for pattern in _FULL:
-            for file in sorted(place.glob(pattern)):
-                small = "hires" in file.name or "lowres" in file.name
-                if file.name.lower().endswith(_ENDINGS) and not small:
-                    return file
-    return None
-
-
-def _hires_factor(file: Path) -> float:
-    with reading(file):
-        factor = float(json.loads(file.read_text())["tissue_hires_scalef"])
-        if not 0 < factor <= 1.5:
-            raise ValueError(f"tissue_hires_scalef is {factor}")
-    return factor
-
-
-def _check_inside(level: Any, pixels: np.ndarray, image: Path, factor: float) -> None:
-    """Refuse an image that most spots lie outside of; positions are in full-resolution pixels."""
-    _, height, width = level.shape
-    x, y = pixels.T * factor
-    inside = float(np.mean((x >= 0) & (x < width) & (y >= 0) & (y < height)))
-    if inside < _INSIDE:
-        raise StsrError(
-            f"only {inside:.0%} of the spots lie in {image.name} ({width} x {height} pixels): it is not the image that "
-            f"Space Ranger was run on; give that one with --he"
-        )

@@ -23,6 +23,7 @@ RESULTS = ("predicted", "derived")
 """``origin`` of maps predicted by a method, and of results derived from a section's elements."""
 SPREAD_LAYER = "sd"
 """Layer of a table of cells with the standard deviation of each count over samples of the model."""
+_UNSEEN = "_unseen"
 _HR = re.compile(r"^hr_(\d+(?:\.\d+)?)um$")
 _SUPERRES = re.compile(r"^superres_x(\d+(?:\.\d+)?)$")
 _SPREAD = "_sd"
@@ -41,6 +42,11 @@ def hr_name(bin_um: float) -> str:
     return f"hr_{bin_um:g}um"
 
 
+def unseen_name(hr: str) -> str:
+    """Name of the measured counts that simulated spots did not take: ``hr_10um`` -> ``hr_10um_unseen``."""
+    return hr + _UNSEEN
+
+
 def result_name(kind: str, scale: float) -> str:
     """Default name of a result: ``superres``, 10 -> ``superres_x10`` (from bins of 100 um / 10).
 
@@ -56,10 +62,10 @@ def spread_name(element: str) -> str:
 
 def bin_um_of(element: str) -> float | None:
     """Bin size in um according to a map's name; None if the name does not contain one."""
-    if match := _HR.match(element):
+    if match := _HR.match(element.removesuffix(_UNSEEN)):
         return float(match[1])
     if match := _SUPERRES.match(element.removesuffix(_SPREAD)):
-        return LR_UM / float(match[1])
+        return round(LR_UM / float(match[1]), 3)  # names have six digits
     return None
 
 

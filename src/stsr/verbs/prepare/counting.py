@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.sparse as sp
 
 from stsr.errors import StsrError, UsageError
-from stsr.geometry.grid import LR_UM, Grid, bins_per_lr
-from stsr.geometry.lattice import VISIUM_SPOT_UM, hexagonal_lattice
-from stsr.geometry.measurement import IN_TISSUE, nearest_spot
+from stsr.geometry.grid import Grid, bins_per_lr, raster_um
 from stsr.histology import tissue
-from stsr.platforms.source import Chunk, Spots, Transcripts
+from stsr.platforms.source import Spots, Transcripts
 from stsr.progress import Progress, silent
-from stsr.verbs.prepare.binning import Counter
+from stsr.verbs.prepare.binning import Counter, Layer
+from stsr.verbs.prepare.lattices import Discs, gather, in_tissue, spots_of
 
-_LOCATE_UM = 10.0  # so fine that transcripts of a bin can only lie in the disc nearest to the bin
 _TOUCH_UM = 1e-3  # added to the bounds so that the last transcript lies inside
 
 
 @dataclass(frozen=True)
 class Counted:
-    """The result of one pass over the transcripts."""
+    """The result of one pass over the counts."""
 
     grid: Grid
-    counter: Counter
+    counter: Counter | Layer
     """Counts of genes per bin."""
+    density: np.ndarray
+    """Counts of all genes per bin (height, width), and of those that were not kept, if they are known."""
     mask: np.ndarray
     """Tissue mask (height, width) bool."""
     spots: Spots | None
@@ -38,6 +36,8 @@ class Counted:
     """Number of transcripts dropped for low quality."""
     other: int
     """Number of transcripts dropped as controls or unwanted genes."""
+    unseen: Layer | None = None
+    """Counts that the simulated spots did not take; None if they took all."""
 
 
 def grid_over(bounds_um: tuple[float, float, float, float], bin_um: float) -> Grid:
@@ -83,14 +83,15 @@ def count(
         raise UsageError(
             f"bins of {bin_um:g} um are too many for this section; choose larger ones with --bin-um"
         ) from None
-    discs = _Discs(grid, len(genes)) if spots == "visium" else None
+    discs = Discs(grid, len(genes)) if spots == "visium" else None
     low, other = _count_all(transcripts, grid, counter, discs, progress)
     kept = int(counter.per_gene.sum())
     if not kept:
         raise StsrError(
             f"none of {low + other} transcripts passes the filters; lower --min-qv or choose other genes"
         )
-    mask = tissue.from_density(counter.per_place.reshape(grid.shape), grid, transcripts.apart_um)
+    density = counter.per_place.reshape(grid.shape)
+    mask = tissue.from_density(density, grid, transcripts.apart_um)
     if not mask.any():
         raise StsrError(
             f"no tissue found: {kept} transcripts are too sparse over {grid.width * bin_um:g} x "
@@ -98,12 +99,14 @@ def count(
         )
     simulated = None
     if spots is not None:
-        simulated = discs.spots(grid, mask, genes) if discs else _squares(grid, counter, mask, genes)
-    return Counted(grid, counter, mask, simulated, kept, low, other)
+        simulated = (
+            discs.spots(discs.in_tissue(grid, mask), genes) if discs else _squares(grid, counter, mask, genes)
+        )
+    return Counted(grid, counter, density, mask, simulated, kept, low, other)
 
 
 def _count_all(
-    transcripts: Transcripts, grid: Grid, counter: Counter, discs: _Discs | None, progress: Progress
+    transcripts: Transcripts, grid: Grid, counter: Counter, discs: Discs | None, progress: Progress
 ) -> tuple[int, int]:
     """Count every transcript; return the numbers of those dropped for quality and for other reasons."""
     read = low = other = 0
@@ -136,73 +139,15 @@ def _grid(transcripts: Transcripts, bin_um: float) -> Grid:
     return Grid.covering((x0, y0, x1, y1), bin_um)
 
 
-class _Discs:
-    """Visium spots over a grid, and the counts of transcripts in each."""
-
-    def __init__(self, grid: Grid, genes: int):
-        self.centres_um = hexagonal_lattice(grid.bounds_um)
-        if not len(self.centres_um):
-            raise StsrError("the section is smaller than a Visium spot; use --spots square")
-        self.grid = grid.at(_LOCATE_UM)
-        self.nearest = nearest_spot(self.grid, self.centres_um).ravel().astype(np.int32)
-        self.counter = Counter(genes, len(self.centres_um))
-
-    def add(self, chunk: Chunk) -> None:
-        """Count the transcripts of a chunk."""
-        spot = self._spot_at(chunk.x_um, chunk.y_um)
-        self.counter.add(chunk.gene[spot >= 0], spot[spot >= 0])
-
-    def spots(self, grid: Grid, mask: np.ndarray, genes: list[str]) -> Spots:
-        """The spots in tissue with their counts."""
-        x, y = grid.centres_um()
-        spot = self._spot_at(*(axis.ravel() for axis in np.meshgrid(x, y)))
-        keep = _in_tissue(spot, mask, len(self.centres_um))
-        counts = _gather(self.counter.block(number)[:, keep] for number in range(self.counter.blocks))
-        return _spots(self.centres_um[keep], "disc", VISIUM_SPOT_UM, counts, genes)
-
-    def _spot_at(self, x_um: np.ndarray, y_um: np.ndarray) -> np.ndarray:
-        """Index (n,) of the spot that each point lies in, -1 for none."""
-        rows, columns, _ = self.grid.rows_columns(x_um, y_um)
-        spot = self.nearest[rows * self.grid.width + columns]
-        centres = self.centres_um[spot]  # (n, 2); of the last spot where there is none
-        inside = (x_um - centres[:, 0]) ** 2 + (y_um - centres[:, 1]) ** 2 <= (VISIUM_SPOT_UM / 2) ** 2
-        return np.where(inside, spot, -1)
-
-
 def _squares(grid: Grid, counter: Counter, mask: np.ndarray, genes: list[str]) -> Spots:
     """Square spots of 100 um: sums of bins."""
-    coarse, per_lr = grid.at(LR_UM), bins_per_lr(grid.bin_um)
+    coarse, per_lr = grid.at(raster_um(grid.bin_um)), bins_per_lr(grid.bin_um)
     rows, columns = np.indices(grid.shape, dtype=np.int32)
     square = ((rows // per_lr) * coarse.width + columns // per_lr).ravel()
     number_of = coarse.height * coarse.width
-    keep = _in_tissue(square, mask, number_of)
+    keep = in_tissue(square, mask, number_of)
     blocks = (counter.grouped(number, square, number_of) for number in range(counter.blocks))
     centres_um = np.stack(np.meshgrid(*coarse.centres_um()), axis=-1).reshape(-1, 2)
-    return _spots(centres_um[keep], "square", LR_UM, _gather(block[:, keep] for block in blocks), genes)
-
-
-def _in_tissue(spot: np.ndarray, mask: np.ndarray, spots: int) -> np.ndarray:
-    """Indices of the spots with enough tissue, from the spot of each bin (bins,), -1 for none."""
-    seen = spot >= 0
-    area = np.bincount(spot[seen], minlength=spots)
-    covered = np.bincount(spot[seen & mask.ravel()], minlength=spots)
-    keep = np.flatnonzero((covered >= IN_TISSUE * area) & (covered > 0))
-    if not len(keep):
-        raise StsrError("no simulated spot lies in tissue; the section is too small, use --spots square")
-    return keep
-
-
-def _gather(blocks: Iterable[np.ndarray]) -> sp.csr_matrix:
-    """Counts (spots, genes) from blocks (genes in block, spots)."""
-    return sp.hstack([sp.csc_matrix(block.T) for block in blocks], format="csr", dtype=np.int32)
-
-
-def _spots(
-    centres_um: np.ndarray, shape: str, size_um: float, counts: sp.csr_matrix, genes: list[str]
-) -> Spots:
-    import anndata
-    import pandas as pd
-
-    names = [f"spot_{number}" for number in range(len(centres_um))]
-    table = anndata.AnnData(counts, obs=pd.DataFrame(index=names), var=pd.DataFrame(index=genes))
-    return Spots(centres_um, shape, size_um, table, "simulated")
+    return spots_of(
+        centres_um[keep], "square", coarse.bin_um, gather(block[:, keep] for block in blocks), genes
+    )

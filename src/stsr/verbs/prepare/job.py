@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,9 @@ from stsr.errors import UsageError
 from stsr.geometry.grid import LR_UM, bins_per_lr
 from stsr.platforms.source import Options
 
-SPOT_KINDS = ("square", "visium")
+SPOT_KINDS = ("square", "visium", "bins")
+_HD_BINS_UM = (8.0, 16.0)  # that do not nest in 100 um
+_SPACE_RANGER = re.compile(r"^(outs|binned_outputs|square_\d{3}um)$")
 _FINEST_UM = 1.0  # bin size; subcellular, and a slide still fits in memory
 _UM_PER_PX = (0.01, 1000)
 
@@ -30,9 +33,10 @@ class PrepareJob:
     path: Path
     output: Path
     options: Options = field(default_factory=Options)
-    spots: str = "square"
+    spots: str | None = None
     bin_um: float = 10.0
     refine: bool = True
+    seed: int = 0
     overwrite: bool = False
 
     def __post_init__(self):
@@ -46,7 +50,9 @@ class PrepareJob:
         words = ["stsr", "prepare", self.path.name]
         if self.output != default_output(self.path):
             words += ["--output", self.output.name]
-        words += ["--spots", self.spots, "--bin-um", f"{self.bin_um:g}", "--min-qv", f"{options.min_qv:g}"]
+        if self.spots is not None:
+            words += ["--spots", self.spots]
+        words += ["--bin-um", f"{self.bin_um:g}", "--min-qv", f"{options.min_qv:g}"]
         if options.um_per_px is not None:
             words += ["--um-per-px", str(options.um_per_px)]
         if options.he is not None:
@@ -55,6 +61,8 @@ class PrepareJob:
             words += ["--alignment", options.alignment.name]
         if options.genes:
             words += ["--genes", ",".join(options.genes)]
+        if self.seed:
+            words += ["--seed", str(self.seed)]
         if not self.refine:
             words.append("--no-refine")
         if self.overwrite:
@@ -63,18 +71,13 @@ class PrepareJob:
 
     def _check_options(self) -> None:
         options, bin_um = self.options, self.bin_um
-        if self.spots not in SPOT_KINDS:
+        if self.spots not in (None, *SPOT_KINDS):
             raise UsageError(
-                f"spots cannot be simulated as {self.spots!r}; choose --spots {' or '.join(SPOT_KINDS)}"
+                f"spots cannot be simulated as {self.spots!r}; choose --spots square, visium or bins"
             )
         if bin_um < _FINEST_UM:
             raise UsageError(f"bins of {bin_um:g} um are too fine; choose 10, 20, 25 or 50 with --bin-um")
-        try:
-            bins_per_lr(bin_um)
-        except ValueError:
-            raise UsageError(
-                f"{LR_UM:g} um is not a multiple of bins of {bin_um:g} um; choose --bin-um 10, 20, 25 or 50"
-            ) from None
+        self.check_nests(*_HD_BINS_UM)
         um_per_px = options.um_per_px
         if um_per_px is not None and not _UM_PER_PX[0] <= um_per_px <= _UM_PER_PX[1]:
             raise UsageError(
@@ -85,6 +88,24 @@ class PrepareJob:
         for file, option in ((options.he, "--he"), (options.alignment, "--alignment")):
             if file is not None and not file.is_file():
                 raise UsageError(f"there is no file {file}; check {option}")
+
+    def check_nests(self, *others_um: float) -> None:
+        """Refuse bins that do not nest in 100 um, other than those given.
+
+        Raises
+        ------
+        UsageError
+            If they do not.
+        """
+        if self.bin_um in others_um:
+            return
+        try:
+            bins_per_lr(self.bin_um, LR_UM)
+        except ValueError:
+            raise UsageError(
+                f"{LR_UM:g} um is not a multiple of bins of {self.bin_um:g} um; choose --bin-um 10, 20, 25 or 50 (or, "
+                f"for Visium HD, 8 or 16)"
+            ) from None
 
     def _check_output(self) -> None:
         path, output = self.path, self.output
@@ -99,6 +120,6 @@ class PrepareJob:
 def default_output(path: Path) -> Path:
     """The default store: the name of the input, in the working directory."""
     folder = path.resolve()
-    if folder.name == "outs":  # every run of Space Ranger has this name
+    while _SPACE_RANGER.match(folder.name):  # every run has folders of these names
         folder = folder.parent
     return Path(folder.name.removesuffix(".zarr").removesuffix(".h5ad") + ".zarr")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stsr import platforms
-from stsr.errors import StsrError
+from stsr.errors import StsrError, UsageError
 from stsr.files import disk_errors
 from stsr.geometry.grid import Grid
 from stsr.geometry.lattice import grid_around
@@ -20,6 +20,8 @@ from stsr.progress import Progress, Report, silent
 from stsr.store import elements, names, publishing
 from stsr.store.parts import Mask
 from stsr.verbs.prepare import fit, registration
+from stsr.verbs.prepare.binning import LOST
+from stsr.verbs.prepare.bins import DEPTH, MEASURED_BINS, count_bins
 from stsr.verbs.prepare.counting import Counted, count
 from stsr.verbs.prepare.job import PrepareJob, default_output
 
@@ -33,8 +35,9 @@ def prepare(
     he: str | Path | None = None,
     alignment: str | Path | None = None,
     um_per_px: float | None = None,
-    spots: str = "square",
+    spots: str | None = None,
     bin_um: float = 10.0,
+    seed: int = 0,
     overwrite: bool = False,
     min_qv: float = 20.0,
     genes: list[str] | None = None,
@@ -47,8 +50,9 @@ def prepare(
     Parameters
     ----------
     path
-        A Xenium folder, a Space Ranger folder (or the run above its ``outs``), a folder of first-generation ST tables,
-        an ``.h5ad`` file or a folder with one, or a SpatialData store.
+        A Xenium folder, a Space Ranger folder of Visium or Visium HD (or the run above its ``outs``; for HD also
+        ``binned_outputs`` or one ``square_*`` folder), a folder of first-generation ST tables, an ``.h5ad`` file or a
+        folder with one, or a SpatialData store.
     output
         The store to make; ``<name of the input>.zarr`` in the working directory by default.
     he
@@ -59,10 +63,14 @@ def prepare(
     um_per_px
         True pixel size, um, if it is missing or wrong in the data.
     spots
-        Spots to simulate from transcripts: ``"square"`` (100 um) or ``"visium"`` (55 um discs, 100 um apart).
-        Measured spots are kept as they are.
+        Spots to simulate from transcripts or Visium HD: ``"square"`` (100 um) or ``"visium"`` (55 um discs, 100 um
+        apart); ``"bins"`` takes the bins of 16 um of Visium HD as spots. By default ``"visium"`` for Visium HD,
+        otherwise ``"square"``. Measured spots are kept as they are. From Visium HD, simulated spots take one binomial
+        half of the counts, and the other half is stored beside all counts, as ``hr_10um_unseen``.
     bin_um
-        High-resolution bin, um; must divide 100 um.
+        High-resolution bin, um; must divide 100 um, or for Visium HD be 8 or 16 um.
+    seed
+        Of the half of the counts that simulated spots of Visium HD take.
     overwrite
         Replace an existing store.
     min_qv
@@ -98,6 +106,7 @@ def prepare(
         ),
         spots=spots,
         bin_um=bin_um,
+        seed=seed,
         refine=refine,
         overwrite=overwrite,
     )
@@ -113,7 +122,7 @@ def _run(job: PrepareJob, progress: Progress, tell: Report) -> Path:
     for warning in source.warnings:
         tell(warning)
     with disk_errors(job.output):
-        section = _assemble(source, _measure(source, job, progress), job.refine)
+        section = _assemble(source, _measure(source, job, progress), job)
         for warning in section.warnings:
             tell(warning)
         made = {"command": "prepare", "arguments": job.command, "platform": source.platform, **source.facts}
@@ -140,12 +149,23 @@ class _Measured:
 
 
 def _measure(source: Source, job: PrepareJob, progress: Progress) -> _Measured:
-    if source.transcripts is not None:
-        simulate = job.spots if source.spots is None else None
-        counted = count(source.transcripts, source.genes, job.bin_um, simulate, progress)
+    if source.bins is not None:
+        spots = job.spots or "visium"
+        counted = count_bins(source.bins, source.genes, job.bin_um, spots, job.seed, progress)
         counts = counted.counter.per_place.reshape(counted.grid.shape)
+        return _Measured(
+            counted.grid, counts, counted.mask, "bins in tissue with counts", counted.spots, counted
+        )
+    job.check_nests()
+    if job.spots == MEASURED_BINS:
+        raise UsageError("--spots bins is for Visium HD; choose --spots square or visium")
+    if source.transcripts is not None:
+        simulate = (job.spots or "square") if source.spots is None else None
+        counted = count(source.transcripts, source.genes, job.bin_um, simulate, progress)
         spots = source.spots or counted.spots
-        return _Measured(counted.grid, counts, counted.mask, "density of transcripts", spots, counted)
+        return _Measured(
+            counted.grid, counted.density, counted.mask, "density of transcripts", spots, counted
+        )
     if source.spots is not None:
         return _of_spots(source.spots, job.bin_um)
     assert source.image is not None  # a source holds transcripts, spots or an image
@@ -187,15 +207,15 @@ class _Section:
         self.parts[name], self.provenance[name] = element, facts
 
 
-def _assemble(source: Source, measured: _Measured, refine: bool) -> _Section:
+def _assemble(source: Source, measured: _Measured, job: PrepareJob) -> _Section:
     """Check the input and make the elements of the store."""
     section = _Section()
-    image = _add_image(section, source.image, measured, refine) if source.image is not None else None
+    image = _add_image(section, source.image, measured, job.refine) if source.image is not None else None
     if measured.spots is not None:
         section.warnings.extend(_check_depth(measured.spots))
-        _add_spots(section, measured.spots)
+        _add_spots(section, measured.spots, job, measured.counted)
     if measured.counted is not None:
-        _add_counts(section, measured.counted, source.genes)
+        _add_counts(section, measured.counted, source, job)
     _add_masks(section, measured, image, source.warnings)
     _add_cells(section, source)
     return section
@@ -233,7 +253,7 @@ def _check_image(image: Image, measured: _Measured) -> tuple[dict, list[str]]:
     if not measured.counts.any():
         return facts, []
     by_spots = measured.counted is None
-    share = fit.overlap(image, measured.counts, measured.grid, "spots" if by_spots else "transcripts")
+    share = fit.overlap(image, measured.counts, measured.grid, "spots" if by_spots else "counts")
     agreement, warnings = fit.fit(image, measured.counts, measured.grid, sparse=by_spots)
     return facts | {"overlap": round(share, 4), "staining_follows_counts": round(agreement, 4)}, warnings
 
@@ -248,13 +268,15 @@ def _check_depth(spots: Spots) -> list[str]:
     ]
 
 
-def _add_spots(section: _Section, spots: Spots) -> None:
+def _add_spots(section: _Section, spots: Spots, job: PrepareJob, counted: Counted | None) -> None:
     facts = {
         "origin": spots.origin,
         "shape": spots.shape,
         "size_um": spots.size_um,
         "counts": int(spots.counts.X.sum()),
     }
+    if counted is not None and counted.unseen is not None:
+        facts |= {"depth": DEPTH, "seed": job.seed}
     barcodes = spots.counts.obs_names.to_numpy()
     shapes = elements.spot_shapes(spots.centres_um, spots.shape, spots.size_um, barcodes)
     table = elements.table(spots.counts, names.SPOTS, spots.centres_um)
@@ -262,16 +284,26 @@ def _add_spots(section: _Section, spots: Spots) -> None:
     section.add(names.table_name(names.SPOTS), table, {**facts, "units": "raw counts"})
 
 
-def _add_counts(section: _Section, counted: Counted, genes: list[str]) -> None:
-    facts = {
-        "units": "raw counts per bin",
-        "bin_um": counted.grid.bin_um,
-        "counts": counted.kept,
-        "dropped_low_quality": counted.low_quality,
-        "dropped_other": counted.other,
-    }
-    image = elements.count_image(counted.counter, counted.grid, genes)
-    section.add(names.hr_name(counted.grid.bin_um), image, facts)
+def _add_counts(section: _Section, counted: Counted, source: Source, job: PrepareJob) -> None:
+    """Add the counts per bin, and those that the simulated spots did not take."""
+    facts: dict[str, Any] = {"units": "raw counts per bin", "bin_um": counted.grid.bin_um}
+    if source.bins is not None and counted.counter.dtype == np.float32:
+        facts |= {"divided_by_area_from_um": source.bins.bin_um, "totals_per_gene_kept_to": LOST}
+    element = names.hr_name(counted.grid.bin_um)
+    image = elements.count_image(counted.counter, counted.grid, source.genes)
+    dropped = {"dropped_low_quality": counted.low_quality, "dropped_other": counted.other}
+    section.add(element, image, {**facts, "counts": counted.kept, **dropped})
+    if counted.unseen is not None:
+        image = elements.count_image(counted.unseen, counted.grid, source.genes)
+        total = int(counted.unseen.per_gene.sum())
+        halves = {
+            "depth": 1 - DEPTH,
+            "seed": job.seed,
+            "counts": total,
+            "of": "counts that simulated spots did not take",
+        }
+        halves["of"] = "counts that the simulated spots did not take"
+        section.add(names.unseen_name(element), image, {**facts, **halves})
 
 
 def _add_masks(section: _Section, measured: _Measured, image: Image | None, warnings: list[str]) -> None:
