@@ -17,6 +17,8 @@ ATTRS_KEY = "stsr"
 """Root attribute with the provenance of every element written by stsr: {element: {...}}."""
 FRAME_KEY = "stsr_frame"
 """Root attribute of stores created by stsr: {"coordinate_system": name, "um_per_unit": value}."""
+ORGAN_KEY = "stsr_organ"
+"""Root attribute with the name of the organ, for balanced training."""
 MEASURED = "measured"
 """``origin`` in the provenance of elements measured by an instrument; they are never replaced."""
 RESULTS = ("predicted", "derived")
@@ -39,6 +41,11 @@ def table_name(element: str) -> str:
 def hr_name(bin_um: float) -> str:
     """Name of measured counts per bin: 10 -> ``hr_10um``."""
     return f"hr_{bin_um:g}um"
+
+
+def unseen_name(hr: str) -> str:
+    """Name of the counts that simulated spots do not contain: ``hr_10um`` -> ``hr_10um_unseen``."""
+    return f"{hr}_unseen"
 
 
 def result_name(kind: str, scale: float) -> str:
