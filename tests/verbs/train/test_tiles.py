@@ -155,7 +155,10 @@ def test_fixed_halves_of_fractions_change_places():
     tiles = tiles_of([section], NEEDS, spots=["square"], val=0, stain=0, depths=[0.5])
     batches = [tiles.batch(2, generator(seed)) for seed in range(6)]
     pixels = torch.cat([add_up(batch.image[:, 0].float(), 10) for batch in batches])
-    lr, hr = (torch.cat(parts) for parts in zip(*((b.lr[:, 0], add_up(b.hr[:, 0], 10)) for b in batches)))
+    lr, hr = (
+        torch.cat(parts)
+        for parts in zip(*((b.lr[:, 0], add_up(b.hr[:, 0], 10)) for b in batches), strict=True)
+    )
     torch.testing.assert_close(lr + hr, 0.75 * pixels)
     share = (lr / (lr + hr)).mean((1, 2))
     assert set(share.numpy().round(3)) == {0.25, 0.75}

@@ -167,7 +167,7 @@ class _Files:
     def __init__(self, gene: np.dtype, count: np.dtype, halves: bool):
         self._kinds = [np.dtype(gene), np.dtype(count)] + [np.dtype(np.float32)] * halves
         with disk_errors(_temporary()):
-            self._files: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in self._kinds]
+            self._files: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in self._kinds]  # noqa: SIM115 - see __exit__
         self._stops: list[int] = []
 
     def __enter__(self) -> _Files:
