@@ -17,6 +17,8 @@ ATTRS_KEY = "stsr"
 """Root attribute with the provenance of every element written by stsr: {element: {...}}."""
 FRAME_KEY = "stsr_frame"
 """Root attribute of stores created by stsr: {"coordinate_system": name, "um_per_unit": value}."""
+ORGAN_KEY = "stsr_organ"
+"""Root attribute with the name of the organ, for balanced training."""
 MEASURED = "measured"
 """``origin`` in the provenance of elements measured by an instrument; they are never replaced."""
 RESULTS = ("predicted", "derived")

@@ -147,6 +147,17 @@ class Section:
         found = self.catalogue.hr_elements
         return self.map(found[0]) if found else None
 
+    @cached_property
+    def unseen(self) -> Map | None:
+        """The part of the counts of `hr` that simulated spots do not contain; None if it is not stored."""
+        found = [names.unseen_name(name) for name in self.catalogue.hr_elements[:1]]
+        return self.map(found[0]) if found and self.elements.get(found[0]) == "images" else None
+
+    @property
+    def organ(self) -> str | None:
+        """The organ, if the store names it."""
+        return self.catalogue.attributes.get(names.ORGAN_KEY)
+
     def map(self, element: str) -> Map:
         """A (gene, y, x) image of the store, such as ``superres_x10``.
 

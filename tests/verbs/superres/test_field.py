@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from stsr.geometry.grid import add_up
 from stsr.methods.batch import Requirements
 from stsr.simulate import simulate_tissue, write_xenium
 from stsr.store.section import open_section
@@ -28,12 +29,16 @@ def test_training_and_prediction_build_equal_batches(section, image_um):
     grid, panel = section.grid(needs.bin_um), list(tiles.panel)
     lr, mask = section.spots.measurement(grid).raster(section.spots.select(panel))
     field = Field(grid, section.image, lr, mask, np.eye(len(panel)), panel, needs.image_um)
-    trained, phase, starts = tiles._pools[0]
+    trained = tiles._sections[0]
+    starts = tiles.sampler.places[0].starts
     assert trained.grid == grid and len(starts) > 3
-    for row, column in starts.tolist():
-        learned = tiles._assemble([(trained, phase, 0, (row, column), 0, None)])
+    for number, (row, column) in enumerate(starts.tolist()):
+        drawn = tiles._drawn(0, row, column, np.random.default_rng(number))
+        learned = tiles._assemble([drawn])
         shown = field.batch(grid.window(row, column, tiles.side, tiles.side))
         assert learned.names == shown.names
-        for part in ("image", "lr", "lr_mask", "has_lr", "lr_mean", "genes"):
+        for part in ("image", "lr_mask", "has_lr", "genes"):
             assert torch.equal(getattr(learned, part), getattr(shown, part)), part
+        assert torch.equal(learned.lr + add_up(learned.hr, 10), shown.lr)  # spots and truth are its halves
+        torch.testing.assert_close(2 * learned.lr_mean, shown.lr_mean)
         assert learned.lr.max() > 0 and len(torch.unique(learned.image)) > 20

@@ -43,6 +43,8 @@ class Maps:
 class Picture:
     """Red is the first gene's count, so that image and counts can be compared bin by bin."""
 
+    px_to_um = np.eye(3)
+
     def __init__(self, maps):
         self.maps = maps
 
@@ -65,7 +67,9 @@ class Everywhere:
 class FakeSection:
     """A section in memory with the interface of `stsr.store.section.Section`."""
 
-    def __init__(self, name="one", lr=(16, 14), genes=GENES, bin_um=10.0, seed=0, tissue=None):
+    unseen = None
+
+    def __init__(self, name="one", lr=(16, 14), genes=GENES, bin_um=10.0, seed=0, tissue=None, organ=None):
         rng = np.random.default_rng(seed)
         per_lr = round(100 / bin_um)
         grid = Grid(1000.0, -500.0, bin_um, lr[0] * per_lr, lr[1] * per_lr)
@@ -74,6 +78,7 @@ class FakeSection:
         self.hr = Maps(grid, genes, rng.poisson(rates, (len(genes), *grid.shape)).astype(np.uint16))
         self.image = Picture(self.hr)
         self.tissue = None if tissue is None else Everywhere(tissue)
+        self.organ = organ
 
     def grid(self, bin_um):
         return self.hr.grid.at(bin_um)
@@ -90,14 +95,12 @@ def generator(seed=0):
 
 
 def places(tiles, batch, section):
-    """First bins of a batch's tiles, found by their counts, unturned tiles only."""
+    """First bins of a batch's tiles, found by their image, which is the first gene's count; unturned tiles only."""
     first = section.hr.counts[0]
     corners = np.lib.stride_tricks.sliding_window_view(first, (1, tiles.side))[: -tiles.side + 1, :, 0]
     found = []
-    for tile in batch.hr.numpy():
-        rows, columns = np.nonzero(
-            (corners == tile[0, 0]).all(2)
-        )  # windows whose first row of bins is the tile's
+    for tile in batch.image.numpy():
+        rows, columns = np.nonzero((corners == tile[0, 0]).all(2))  # windows with the tile's first row
         assert len(rows) == 1
         found.append((int(rows[0]), int(columns[0])))
     return found
@@ -113,18 +116,54 @@ def test_everything_has_the_shape_of_a_batch():
     assert torch.equal(batch.genes, torch.eye(5)) and batch.names == tuple(GENES) == tiles.panel
 
 
-def test_square_spots_are_sums_of_bins_however_tiles_are_turned():
-    tiles = tiles_of([FakeSection()], NEEDS, spots=["square"])
+def test_spots_and_truth_are_halves_of_the_counts_however_tiles_are_turned():
+    tiles = tiles_of([FakeSection()], NEEDS, spots=["square"], stain=0)
     for seed in range(4):
         batch = tiles.batch(6, generator(seed))
-        assert torch.equal(batch.lr, add_up(batch.hr, 10))
+        counts = batch.image[:, 0].float()  # of the first gene
+        assert torch.equal(batch.lr[:, 0] + add_up(batch.hr[:, 0], 10), add_up(counts, 10))
+        assert torch.equal(batch.image[:, 1].float(), 2 * counts)
+        assert (batch.hr[:, 0] <= counts).all() and 0.45 < batch.hr[:, 0].sum() / counts.sum() < 0.55
         assert (batch.lr_mask == 1).all()
 
 
-def test_image_lies_on_the_counts_however_tiles_are_turned():
-    batch = tiles_of([FakeSection()], NEEDS, stain=0).batch(8, generator())
-    assert torch.equal(batch.image[:, 0].float(), batch.hr[:, 0])
-    assert torch.equal(batch.image[:, 1].float(), 2 * batch.hr[:, 0])
+def test_spots_and_truth_share_no_noise():
+    tiles = tiles_of([FakeSection(lr=(20, 20))], NEEDS, spots=["square"], val=0)
+    batches = [tiles.batch(8, generator(seed)) for seed in range(8)]
+    lr = (
+        torch.cat([batch.lr for batch in batches]).transpose(0, 1).flatten(1)
+    )  # (g, pixels): Poisson noise alone
+    hr = torch.cat([add_up(batch.hr, 10) for batch in batches]).transpose(0, 1).flatten(1)
+    shared = [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(lr, hr, strict=True)]
+    assert abs(np.mean(shared)) < 0.1
+    spread = (lr.var(1) / lr.mean(1)).mean()
+    assert 0.8 < spread < 1.2  # a half has the noise of its own depth
+
+
+def test_halves_are_drawn_anew_at_each_step():
+    tiles = tiles_of([FakeSection(lr=(3, 3))], NEEDS, val=0, flips=False, stain=0)
+    a, b = tiles.batch(1, generator(0)), tiles.batch(1, generator(1))
+    assert torch.equal(a.image, b.image) and not torch.equal(a.hr, b.hr) and not torch.equal(a.lr, b.lr)
+
+
+def test_fixed_halves_of_fractions_change_places():
+    section = FakeSection(lr=(5, 5))
+    counts = section.hr.counts.astype(np.float32) * 0.75
+    section.hr.counts = counts
+    section.unseen = Maps(section.hr.grid, GENES, counts * np.float32(0.25))
+    section.image = Picture(FakeSection(lr=(5, 5)).hr)
+    tiles = tiles_of([section], NEEDS, spots=["square"], val=0, stain=0, depths=[0.5])
+    batches = [tiles.batch(2, generator(seed)) for seed in range(6)]
+    pixels = torch.cat([add_up(batch.image[:, 0].float(), 10) for batch in batches])
+    lr, hr = (
+        torch.cat(parts)
+        for parts in zip(*((b.lr[:, 0], add_up(b.hr[:, 0], 10)) for b in batches), strict=True)
+    )
+    torch.testing.assert_close(lr + hr, 0.75 * pixels)
+    share = (lr / (lr + hr)).mean((1, 2))
+    assert set(share.numpy().round(3)) == {0.25, 0.75}
+    mean = counts.mean((1, 2)) * 50  # not thinned
+    np.testing.assert_allclose(batches[0].lr_mean[0], mean, rtol=1e-5)
 
 
 def test_all_eight_ways_of_turning_occur():
@@ -145,7 +184,7 @@ def test_visium_spots_are_raster_of_discs():
 def test_section_mean_is_per_pixel():
     section = FakeSection()
     batch = tiles_of([section], NEEDS, spots=["square"], phases=1).batch(2, generator())
-    mean = section.hr.counts.mean((1, 2)) * 100
+    mean = section.hr.counts.mean((1, 2)) * 50  # half of the counts of 100 bins
     np.testing.assert_allclose(batch.lr_mean[0], mean, rtol=1e-5)
 
 
@@ -154,7 +193,8 @@ def test_fine_bins_are_added_up_and_image_may_be_finer_than_bins():
     tiles = tiles_of([section], Requirements((), bin_um=10, image_um=5), spots=["square"], stain=0)
     batch = tiles.batch(4, generator())
     assert batch.image.shape[-1] == 60
-    assert torch.equal(add_up(batch.image[:, 0].float(), 2), batch.hr[:, 0])
+    counts = add_up(batch.image[:, 0].float(), 20)
+    assert torch.equal(batch.lr[:, 0] + add_up(batch.hr[:, 0], 10), counts)
 
 
 def test_the_generator_alone_decides():
@@ -166,7 +206,7 @@ def test_the_generator_alone_decides():
 
 def test_tiles_of_a_batch_share_at_most_half():
     section = FakeSection(lr=(20, 20))
-    tiles = tiles_of([section], NEEDS, flips=False, val=0, phases=2)
+    tiles = tiles_of([section], NEEDS, flips=False, val=0, stain=0)
     for seed in range(5):
         found = places(tiles, tiles.batch(6, generator(seed)), section)
         for i, (row, column) in enumerate(found):
@@ -177,7 +217,7 @@ def test_tiles_of_a_batch_share_at_most_half():
 
 def test_small_sections_still_give_different_tiles():
     section = FakeSection(lr=(4, 5))
-    tiles = tiles_of([section], NEEDS, flips=False, val=0, phases=1, depths=(1.0, 0.5))
+    tiles = tiles_of([section], NEEDS, flips=False, val=0, phases=1, stain=0)
     batch = tiles.batch(6, generator())
     assert len({tile.numpy().tobytes() for tile in batch.image}) == 6
     with pytest.raises(UsageError, match="smaller batch"):
@@ -218,7 +258,7 @@ def test_what_is_excluded_changes_nothing():
 
 def test_automatic_validation_is_apart_and_the_same_each_time():
     section = FakeSection(lr=(30, 12))
-    tiles = tiles_of([section], NEEDS, flips=False, val=0.2)
+    tiles = tiles_of([section], NEEDS, flips=False, val=0.2, stain=0)
     held_out = np.zeros(section.hr.grid.shape, bool)
     for batch in tiles.validation_batches():
         for row, column in places(tiles, batch, section):
@@ -229,8 +269,8 @@ def test_automatic_validation_is_apart_and_the_same_each_time():
     for seed in range(10):
         starts = np.array(places(tiles, tiles.batch(4, generator(seed)), section))
         assert not near.meets(starts, 30, gap).any()
-    again = [batch.hr for batch in tiles.validation_batches()]
-    assert all(torch.equal(a, b.hr) for a, b in zip(again, tiles.validation_batches(), strict=True))
+    for a, b in zip(tiles.validation_batches(), tiles.validation_batches(), strict=True):
+        assert torch.equal(a.hr, b.hr) and torch.equal(a.lr, b.lr)
 
 
 def _bounds(mask):
@@ -241,31 +281,64 @@ def _bounds(mask):
 def test_tiles_lie_in_tissue():
     mask = np.zeros((160, 140), bool)
     mask[:, :70] = True
-    tiles = tiles_of([section := FakeSection(tissue=mask)], NEEDS, flips=False, tissue=0.5)
+    tiles = tiles_of([section := FakeSection(tissue=mask)], NEEDS, flips=False, tissue=0.5, stain=0)
     for seed in range(10):
         for row, column in places(tiles, tiles.batch(3, generator(seed)), section):
             assert mask[row : row + 30, column : column + 30].mean() >= 0.5
 
 
-def test_panel_is_shared_genes_or_the_most_expressed_or_a_list():
+def test_panel_is_all_genes_or_the_most_expressed_or_a_list():
     one, two = FakeSection(), FakeSection("two", genes=["E", "X", "C", "B"], seed=1)
-    assert tiles_of([one, two], NEEDS).panel == ("B", "C", "E")
-    assert tiles_of([one, two], NEEDS, genes=["E", "B"]).panel == ("E", "B")
+    assert tiles_of([one, two], NEEDS).panel == ("A", "B", "C", "D", "E", "X")
+    assert tiles_of([one, two], NEEDS, panel="shared").panel == ("B", "C", "E")
+    assert tiles_of([one, two], NEEDS, genes=["X", "B"]).panel == ("X", "B")
     tiles = tiles_of([one], NEEDS, genes=2)
     assert tiles.panel == ("A", "B")  # rates fall along the list
-    np.testing.assert_allclose(tiles.reference, [150, 115], rtol=0.05)
+    np.testing.assert_allclose(tiles.reference, [75, 57.5], rtol=0.05)  # half of the counts
+    with pytest.raises(UsageError, match="no section has Y"):
+        tiles_of([one, two], NEEDS, genes=["Y"])
     with pytest.raises(UsageError, match="not every section has X"):
-        tiles_of([one, two], NEEDS, genes=["X"])
+        tiles_of([one, two], NEEDS, genes=["X"], panel="shared")
     with pytest.raises(StsrError, match="no gene in common"):
-        tiles_of([one, FakeSection("two", genes=["X"])], NEEDS)
+        tiles_of([one, FakeSection("two", genes=["X"])], NEEDS, panel="shared")
+
+
+def test_the_most_expressed_genes_are_taken_from_the_sections_in_turn():
+    deep, shallow = FakeSection(), FakeSection("two", genes=["X", "Y", "Z", "E"], seed=1)
+    deep.hr.counts *= 100
+    assert set(tiles_of([deep, shallow], NEEDS, genes=4).panel) == {"A", "B", "X", "Y"}
+
+
+def test_each_section_has_its_own_genes():
+    one, two = FakeSection(genes=["A", "B", "C"]), FakeSection("two", genes=["C", "D"], seed=1)
+    tiles = tiles_of([one, two], NEEDS, val=0, spots=["square"])
+    assert tiles.panel == ("A", "B", "C", "D")
+    batches = [tiles.batch(4, generator(seed)) for seed in range(4)]
+    measured, hr, lr = (
+        torch.cat([getattr(batch, name) for batch in batches]) for name in ("measured", "hr", "lr")
+    )
+    first = measured[:, 0]
+    assert 0 < first.sum() < len(first)
+    assert (measured[first] == torch.tensor([True, True, True, False])).all()
+    assert (measured[~first] == torch.tensor([False, False, True, True])).all()
+    for counts in (hr.sum((2, 3)), lr.sum((2, 3))):
+        assert ((counts > 0) == measured).all()
+    own = [section.hr.counts.mean((1, 2)) * 50 for section in (one, two)]
+    expected = [own[0][0], own[0][1], (own[0][2] + own[1][0]) / 2, own[1][1]]
+    np.testing.assert_allclose(tiles.reference, expected, rtol=1e-5)
+    assert tiles_of([one], NEEDS).batch(2, generator()).measured is None
 
 
 def test_depths_thin_counts_and_spots_alike():
     section = FakeSection()
-    tiles = tiles_of([section], NEEDS, spots=["square"], depths=(0.25,), phases=1)
+    tiles = tiles_of([section], NEEDS, spots=["square"], depths=(0.25,), stain=0)
     batch = tiles.batch(6, generator())
-    assert torch.equal(batch.lr, add_up(batch.hr, 10))
-    np.testing.assert_allclose(batch.lr_mean[0], section.hr.counts.mean((1, 2)) * 25, rtol=0.05)
+    counts = batch.image[:, 0].float()
+    for part in (batch.lr[:, 0], batch.hr[:, 0]):
+        assert 0.11 < part.sum() / counts.sum() < 0.14
+    assert (add_up(counts, 10) > batch.lr[:, 0] + add_up(batch.hr[:, 0], 10)).all()
+    np.testing.assert_allclose(batch.lr_mean[0], section.hr.counts.mean((1, 2)) * 12.5, rtol=1e-5)
+    np.testing.assert_allclose(batch.lr_mean[0], tiles.reference, rtol=0.05)
 
 
 def test_stain_changes_optical_density():
@@ -297,17 +370,14 @@ def test_window_shares_are_means():
     np.testing.assert_allclose(window_shares(mask, starts, 20), expected)
 
 
-def test_rasters_are_shifted_by_whole_image_pixels_and_fit_the_grid():
+def test_tiles_are_shifted_by_whole_bins_and_fit_the_grid():
     grid = Grid(0, 0, 10, 40, 50)
-    assert shifts_of(grid, 1, NEEDS) == [(0, 0)]
-    assert shifts_of(grid, 2, NEEDS) == [(0, 0), (0, 5), (5, 0), (5, 5)]
-    thirds = shifts_of(
-        grid, 3, Requirements((), bin_um=10, image_um=20)
-    )  # pixels of two bins: 0, 3, 6 -> 0, 2, 6
-    assert thirds == [(row, column) for row in (0, 2, 6) for column in (0, 2, 6)]
-    assert shifts_of(Grid(0, 0, 10, 15, 14), 2, NEEDS) == [(0, 0), (5, 0)]  # a whole pixel must be left
-    assert shifts_of(Grid(0, 0, 10, 14, 15), 2, NEEDS) == [(0, 0), (0, 5)]
-    assert shifts_of(grid, 20, NEEDS) == [(row, column) for row in range(10) for column in range(10)]
+    assert shifts_of(grid, 1, 10) == [(0, 0)]
+    assert shifts_of(grid, 2, 10) == [(0, 0), (0, 5), (5, 0), (5, 5)]
+    assert shifts_of(grid, 3, 10) == [(row, column) for row in (0, 3, 6) for column in (0, 3, 6)]
+    assert shifts_of(Grid(0, 0, 10, 15, 14), 2, 10) == [(0, 0), (5, 0)]  # a whole pixel must be left
+    assert shifts_of(Grid(0, 0, 10, 14, 15), 2, 10) == [(0, 0), (0, 5)]
+    assert shifts_of(grid, 20, 10) == [(row, column) for row in range(10) for column in range(10)]
 
 
 def test_windows_are_all_that_lie_on_the_raster():
@@ -365,6 +435,6 @@ def test_refusals_are_one_sentence(make, options, message):
 
 def test_fractions_are_no_counts():
     section = FakeSection()
-    section.hr.counts = section.hr.counts * 0.5
+    section.hr.counts = section.hr.counts * 0.3
     with pytest.raises(StsrError, match="raw counts"):
         tiles_of([section], NEEDS)

@@ -314,9 +314,14 @@ def test_correlation_of_parts_is_that_of_the_whole():
     rng = torch.Generator().manual_seed(0)
     a, b = torch.rand(2, 6, 3, 5, 5, generator=rng)
     b[:, 2] = 0  # a gene without counts has no effect
-    moments = add_moments(a[4:], b[4:], add_moments(a[:4], b[:4], None))
+    known = torch.ones(6, 3)
+    moments = add_moments(a[4:], b[4:], known[4:], add_moments(a[:4], b[:4], known[:4], None))
     expected = [np.corrcoef(a[:, g].ravel(), b[:, g].ravel())[0, 1] for g in range(2)]
     assert mean_pcc(moments) == pytest.approx(np.mean(expected), abs=1e-6)
+    known[:3, 0] = 0  # the first gene was not measured in three tiles, the second nowhere
+    known[:, 1] = 0
+    expected = np.corrcoef(a[3:, 0].ravel(), b[3:, 0].ravel())[0, 1]
+    assert mean_pcc(add_moments(a, b, known, None)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_signals_are_noted_and_handlers_put_back():

@@ -64,11 +64,11 @@ class Predictor:
         window = tile.of(job.grid)
         noises = [TileNoise(noise, ((tile.row, tile.column),)) for noise in _noises(job.seed, job.samples)]
         with torch.inference_mode():
-            panel = self._panel.batch(window).to(device)
+            panel = method.completed(self._panel.batch(window).to(device))
             with _precision(device):
                 features = method.condition(panel)
                 drawn = [method.draw(panel, features, noise) for noise in noises] if self._draws else []
-            batch = field.batch(window, panel.image).to(device)
+            batch = method.completed(field.batch(window, panel.image).to(device))
             for start in range(0, len(batch.names), _GENES_AT_ONCE):
                 part = slice(start, min(start + _GENES_AT_ONCE, len(batch.names)))
                 genes = batch.of_genes(torch.arange(part.start, part.stop))

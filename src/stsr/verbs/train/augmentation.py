@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 
@@ -11,16 +13,14 @@ def turned(array: np.ndarray, turn: int) -> np.ndarray:
     return array[..., ::-1] if turn >= 4 else array
 
 
-_ORDERS: dict[tuple[int, int], np.ndarray] = {}
-
-
-def turned_places(side: int, turn: int) -> np.ndarray:
-    """New position (side * side,) of each bin of a window when it is rotated by ``turn``."""
-    if (side, turn) not in _ORDERS:
-        order = np.empty(side * side, np.int64)
-        order[turned(np.arange(side * side).reshape(side, side), turn).ravel()] = np.arange(side * side)
-        _ORDERS[side, turn] = order
-    return _ORDERS[side, turn]
+@lru_cache(maxsize=64)
+def turned_places(side: int, turn: int, margin: int = 0) -> np.ndarray:
+    """New position (bins,) of each bin of a window when it is rotated by ``turn``; -1 in a margin around it."""
+    places = np.full((side + 2 * margin, side + 2 * margin), -1, np.int64)
+    inside = np.empty(side * side, np.int64)
+    inside[turned(np.arange(side * side).reshape(side, side), turn).ravel()] = np.arange(side * side)
+    places[margin : margin + side, margin : margin + side] = inside.reshape(side, side)
+    return places.ravel()
 
 
 def stained(image: np.ndarray, gains: np.ndarray | None) -> np.ndarray:

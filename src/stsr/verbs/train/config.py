@@ -10,7 +10,7 @@ from typing import Any
 
 from stsr.errors import StsrError, UsageError, did_you_mean
 from stsr.methods.method import Method, check_not_negative, check_positive, configured
-from stsr.verbs.train.section import SPOT_KINDS
+from stsr.verbs.train.spots import SPOT_KINDS
 
 _GROUPS = ("train", "method")
 _ACCEPTED: dict[type, tuple[Any, str]] = {
@@ -44,20 +44,23 @@ class TrainConfig:
     train_tile_lr
         Side of a training tile, low-resolution pixels.
     genes
-        The panel: 0 for all genes that the sections share, a number for the most highly expressed (in the training
-        area), or names.
+        The panel: 0 for all genes, a number for the most highly expressed (in the training area), or names. The most
+        expressed genes are taken from the sections in turn, each by its own ranking.
+    panel
+        ``"union"`` for the genes of any section; ``"shared"`` for those that all sections have.
     spots
         Kinds of simulated spots, one drawn per tile: ``"square"``, ``"visium"``.
     phases
-        Shifts of the low-resolution raster per axis, which vary the positions of the spots.
+        Shifts of the tiles per axis within a low-resolution pixel.
     depths
-        Fractions of the transcripts to keep; each section is used once at every depth.
+        Fractions to which transcripts are thinned before they are halved, one drawn per tile. Sections with fractional
+        counts are not thinned.
     stain
         Standard deviation of the random log gain of each channel's optical density.
     flips
         Whether tiles are rotated and mirrored.
     tissue
-        Minimum fraction of a tile that lies in tissue.
+        Minimum fraction of a tile that lies in tissue. Tiles are drawn in proportion to this fraction.
     gap_lr
         Distance of training tiles from excluded and validation areas, low-resolution pixels. 0 for one tile, or less
         if that would take more than a quarter of the training tiles, but at least 1.
@@ -92,8 +95,9 @@ class TrainConfig:
     ema_decay: float = 0.995
     train_tile_lr: int = 6
     genes: int | tuple[str, ...] = 0
+    panel: str = "union"
     spots: tuple[str, ...] = ("square", "visium")
-    phases: int = 2
+    phases: int = 5
     depths: tuple[float, ...] = (1.0,)
     stain: float = 0.1
     flips: bool = True
@@ -121,6 +125,8 @@ class TrainConfig:
             raise ValueError(f"ema_decay must be at least 0 and below 1, not {self.ema_decay}")
         if isinstance(self.genes, int) and self.genes < 0:
             raise ValueError(f"genes must be a number of genes or their names, not {self.genes}")
+        if self.panel not in ("union", "shared"):
+            raise ValueError(f"panel must be union or shared, not {self.panel!r}")
         if not self.spots or set(self.spots) - set(SPOT_KINDS):
             raise ValueError(
                 f"spots must be {' or '.join(SPOT_KINDS)}, not {', '.join(self.spots) or 'nothing'}"

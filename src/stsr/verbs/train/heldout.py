@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -156,29 +157,29 @@ class Plan:
     """(height, width) bool."""
     excluded: list[Rectangle]
     """Rectangles that are not used at all."""
-    shifts: list[tuple[int, int]]
-    """First bins (row, column) of the low-resolution rasters."""
-    starts: list[np.ndarray]
-    """First bins (n, 2) of the training tiles on each raster."""
+    starts: np.ndarray
+    """First bins (n, 2) of the training tiles."""
     held_out: np.ndarray
-    """First bins (n, 2) of the validation tiles, on the unshifted raster."""
+    """First bins (n, 2) of the validation tiles, whole low-resolution pixels apart."""
     gap_lr: int
     """Gap between training tiles and the other areas, low-resolution pixels."""
 
-    def seen(self, margin: int) -> np.ndarray:
-        """All bins except the excluded ones and ``margin`` bins around them: (height, width) bool."""
-        hidden = np.zeros(self.grid.shape, bool)
+    @cached_property
+    def usable(self) -> np.ndarray:
+        """Measured bins that are not excluded: (height, width) bool."""
+        excluded = np.zeros(self.grid.shape, bool)
         for each in self.excluded:
-            wide = Rectangle(each.top - margin, each.left - margin, each.bottom + margin, each.right + margin)
-            wide.paint(hidden)
-        return ~hidden
+            each.paint(excluded)
+        return _measured(self.section, self.grid) & ~excluded
 
     def training_area(self, side: int) -> np.ndarray:
-        """Tissue covered by training tiles of ``side`` bins on the unshifted raster: (height, width) bool."""
-        area = np.zeros(self.grid.shape, bool)
-        for row, column in self.starts[0].tolist():
-            area[row : row + side, column : column + side] = True
-        return area & self.tissue
+        """Tissue covered by training tiles of ``side`` bins: (height, width) bool."""
+        edges = np.zeros((self.grid.height + 1, self.grid.width + 1), np.int32)
+        row, column = self.starts.T
+        for down, right, sign in ((0, 0, 1), (side, 0, -1), (0, side, -1), (side, side, 1)):
+            np.add.at(edges, (row + down, column + right), sign)
+        tiles = edges.cumsum(0).cumsum(1)[:-1, :-1]  # number of tiles over each bin
+        return (tiles > 0) & self.tissue
 
 
 def plan_section(
@@ -204,9 +205,12 @@ def plan_section(
         enough = window_shares(mask, starts, side) >= config.tissue
         return starts[enough & (window_shares(covered, starts, side) >= _COVERED)]
 
-    shifts = shifts_of(grid, config.phases, requirements)
-    windows = [usable(window_starts(grid, shift, config.train_tile_lr, per_lr)) for shift in shifts]
-    first = windows[0]
+    first = usable(window_starts(grid, (0, 0), config.train_tile_lr, per_lr))
+    shifted = [
+        window_starts(grid, shift, config.train_tile_lr, per_lr)
+        for shift in shifts_of(grid, config.phases, per_lr)
+    ]
+    starts = usable(np.concatenate(shifted))
     if "validation" in regions:
         blocks = [Rectangle.of_um(bounds, grid) for bounds in regions["validation"]]
     elif val and len(first):
@@ -220,16 +224,22 @@ def plan_section(
     held_out = first[inside & far_from(first, side, excluded, 0)]
     apart = excluded + blocks
     gap = config.gap_lr * per_lr or widest_gap(first, side, apart, per_lr)
-    starts = [window[far_from(window, side, apart, gap)] for window in windows]
-    return Plan(section, grid, mask, excluded, shifts, starts, held_out, gap // per_lr)
+    starts = starts[far_from(starts, side, apart, gap)]
+    return Plan(section, grid, mask, excluded, starts, held_out, gap // per_lr)
 
 
 def _tissue_of(section: Section, grid: Grid) -> np.ndarray:
     """Tissue mask of the section, or everything that was measured if it has none: (height, width) bool."""
+    measured = _measured(section, grid)
+    return measured if section.tissue is None else measured & section.tissue.read(grid)
+
+
+def _measured(section: Section, grid: Grid) -> np.ndarray:
+    """Bins of the grid with counts: (height, width) bool."""
     assert section.hr is not None, "check_section comes first"
     measured = np.zeros(grid.shape, bool)
     Rectangle.of_um(section.hr.grid.bounds_um, grid).paint(measured)
-    return measured if section.tissue is None else measured & section.tissue.read(grid)
+    return measured
 
 
 def _block(corner: int, size: int, height: int, width: int) -> Rectangle:
@@ -241,13 +251,10 @@ def _block(corner: int, size: int, height: int, width: int) -> Rectangle:
     return Rectangle(top, left, top + tall, left + wide)
 
 
-def shifts_of(grid: Grid, per_axis: int, requirements: Requirements) -> list[tuple[int, int]]:
-    """First bins of the low-resolution rasters: ``per_axis`` shifts in y and in x, by whole image pixels."""
-    step = max(1, round(requirements.image_um / requirements.bin_um))
-    starts = sorted({number * requirements.per_lr // per_axis // step * step for number in range(per_axis)})
-    rows, columns = (
-        [start for start in starts if size - start >= requirements.per_lr] for size in grid.shape
-    )
+def shifts_of(grid: Grid, per_axis: int, per_lr: int) -> list[tuple[int, int]]:
+    """First bins (row, column) of rasters of low-resolution pixels: ``per_axis`` shifts in y and in x."""
+    starts = sorted({number * per_lr // per_axis for number in range(per_axis)})
+    rows, columns = ([start for start in starts if size - start >= per_lr] for size in grid.shape)
     return [(row, column) for row in rows for column in columns]
 
 

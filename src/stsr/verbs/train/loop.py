@@ -112,6 +112,7 @@ def training_step(job: TrainingJob, state: State, batch: Batch, step: int) -> di
         group["lr"] = learning_rate(config, step)
     torch.manual_seed(job.number("dropout", step))  # nn.Dropout takes no generator
     with job.autocast():
+        batch = state.method.completed(batch)
         terms = state.method.loss(batch, step / max(config.steps - 1, 1), job.generator("loss", step))
     state.optimizer.zero_grad(set_to_none=True)
     terms["loss"].backward()

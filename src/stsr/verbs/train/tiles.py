@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -11,26 +12,48 @@ import numpy as np
 import torch
 
 from stsr.errors import StsrError, UsageError
-from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements
+from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements, cut
 from stsr.store.section import Section
 from stsr.verbs.train.augmentation import stained, turned, turned_places
 from stsr.verbs.train.config import TrainConfig
-from stsr.verbs.train.heldout import Plan, plan_section
-from stsr.verbs.train.section import (
-    SparseCounts,
-    TrainingSection,
-    check_section,
-    read_counts,
-    simulate_rasters,
-)
+from stsr.verbs.train.counts import BinCounts, read_counts
+from stsr.verbs.train.heldout import Plan, plan_section, window_shares
+from stsr.verbs.train.panel import candidates, most_expressed
+from stsr.verbs.train.sampling import Places, Sampler
+from stsr.verbs.train.section import TrainingSection, check_section
+from stsr.verbs.train.spots import lattices_of, mean_weights
 
-_OVERLAP = 0.5  # largest fraction of its area that a tile of a minibatch shares with another
-_TRIES = 30  # draws per tile before larger overlaps are accepted
 _REGION_KEYS = ("exclude", "validation")
+_HALF = 0.5  # of the counts are in the spots, the others are the truth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One tile of a batch, with everything that was drawn for it."""
+
+    section: TrainingSection
+    row: int
+    """First bin."""
+    column: int
+    """First bin."""
+    kind: int
+    """Number of the kind of spots, in the config's order."""
+    lattice: int
+    """Number of the lattice of that kind."""
+    depth: float
+    """Fraction of the transcripts that is used."""
+    turn: int
+    """How the tile is rotated and mirrored, see `turned`."""
+    stain: np.ndarray | None
+    """(3,) gains of the stain."""
+    seed: int
+    """Of the random halves."""
 
 
 class TrainingTiles:
     """Training and validation tiles of sections with counts per bin.
+
+    Spots and truth of a tile are two random halves of its counts, drawn anew each time, so they share no noise.
 
     Parameters
     ----------
@@ -46,16 +69,19 @@ class TrainingTiles:
         ``{section name: {"exclude": [[x0, y0, x1, y1], ...], "validation": [...]}}``, um. Neither is used for training.
         Validation regions of a section replace the automatic one.
     seed
-        Seed of the thinning to the config's depths; the other random numbers come with each batch.
+        Seed of the halves of validation tiles; the other random numbers come with each batch.
 
     Attributes
     ----------
     panel
         Gene names.
     reference
-        (p,) mean counts per low-resolution pixel over training tissue.
+        (p,) mean counts per low-resolution pixel over training tissue, at the depth of the truth: half of the counts,
+        times the mean of the config's depths. The mean of the sections that measured the gene.
     gaps_lr
         Gap of each section, low-resolution pixels.
+    sampler
+        How training tiles are drawn.
 
     Raises
     ------
@@ -85,34 +111,35 @@ class TrainingTiles:
         self.requirements = requirements
         self.config = config
         self.side = config.train_tile_lr * requirements.per_lr  # bins
-        self._pools: list[tuple[TrainingSection, int, np.ndarray]] = []  # (section, phase, first bins (n, 2))
-        self._held_out: list[
-            tuple[TrainingSection, int, int, int]
-        ] = []  # (section, kind, first row, first column)
         plans = [
             plan_section(section, requirements, config, val=val, regions=regions.get(section.name, {}))
             for section in sections
         ]
         self.gaps_lr = [plan.gap_lr for plan in plans]
-        if not any(len(starts) for plan in plans for starts in plan.starts):
-            raise StsrError(
-                f"no tile of {config.train_tile_lr * requirements.lr_um:g} um with tissue is left for training; "
-                "give larger sections, a smaller train_tile_lr or --val 0"
-            )
-        if (val > 0 or any("validation" in own for own in regions.values())) and not any(
-            len(plan.held_out) for plan in plans
-        ):
-            raise StsrError(
-                "no section is large enough for a validation area; give larger sections, or --val 0 for none"
-            )
-        self._read(plans, np.random.default_rng(seed))
-        self._held_out = _spread(self._held_out, config.validation_tiles)
-        self._totals = np.cumsum([len(starts) for *_, starts in self._pools])
+        wanted = val > 0 or any("validation" in own for own in regions.values())
+        _check_plans(plans, config.train_tile_lr * requirements.lr_um, wanted)
+        self._lattices = [
+            lattices_of(kind, config.train_tile_lr, requirements.bin_um, requirements.lr_um)
+            for kind in config.spots
+        ]
+        self._sections = self._read(plans)
+        self.sampler = Sampler(
+            [
+                Places(
+                    plan.section.organ or plan.section.name,
+                    plan.starts,
+                    window_shares(plan.tissue, plan.starts, self.side),
+                )
+                for plan in plans
+            ],
+            self.side,
+        )
+        self._held_out = _spread(self._validation_tiles(plans, seed), config.validation_tiles)
 
     @property
     def count(self) -> int:
-        """Number of training tiles; shifts and depths of one position count separately."""
-        return int(self._totals[-1])
+        """Number of training tiles, at all shifts."""
+        return self.sampler.count
 
     @property
     def validation_count(self) -> int:
@@ -123,13 +150,11 @@ class TrainingTiles:
     def digest(self) -> str:
         """Hexadecimal sha256 of everything that training uses."""
         whole = hashlib.sha256(repr((self.panel, self.gaps_lr)).encode())
-        whole.update(self.reference.tobytes())
-        before = None
-        for section, _, starts in self._pools:
-            if section is not before:
-                section.update(whole)
-            before = section
-            whole.update(np.ascontiguousarray(starts).data)
+        for array in (self.reference, self.sampler.weights):
+            whole.update(array.tobytes())
+        for section, places in zip(self._sections, self.sampler.places, strict=True):
+            section.update(whole)
+            whole.update(np.ascontiguousarray(places.starts).data)
         return whole.hexdigest()
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
@@ -140,149 +165,178 @@ class TrainingTiles:
         UsageError
             If there are fewer tiles than ``size``.
         """
-        if size > len(self._places):
-            raise UsageError(
-                f"a batch of {size} needs more than {len(self._places)} tiles; set a smaller batch"
-            )
+        if size > self.count:
+            raise UsageError(f"a batch of {size} needs more than {self.count} tiles; set a smaller batch")
         rng = np.random.default_rng(
             int(torch.randint(2**62, (), generator=generator, device=generator.device))
         )
-        chosen, stain = [], self.config.stain
-        for pool, start in self._draw(size, rng):
-            section, phase, _ = self._pools[pool]
-            turn = int(rng.integers(8)) if self.config.flips else 0
-            gains = np.exp(rng.normal(0, stain, 3)) if stain else None
-            chosen.append((section, phase, int(rng.integers(len(self.config.spots))), start, turn, gains))
-        return self._assemble(chosen)
+        return self._assemble([self._drawn(*place, rng) for place in self.sampler.draw(size, rng)])
 
     def validation_batches(self, size: int = 8) -> Iterator[Batch]:
         """Yield the validation tiles, always the same and without augmentation."""
         for first in range(0, len(self._held_out), size):
-            tiles = self._held_out[first : first + size]
-            yield self._assemble(
-                [(section, 0, kind, (row, column), 0, None) for section, kind, row, column in tiles]
-            )
+            yield self._assemble(self._held_out[first : first + size])
 
     # ---------------------------------------------------------------------------------------------- reading data
 
-    def _read(self, plans: list[Plan], rng: np.random.Generator) -> None:
-        """Choose the panel, read counts and images, and simulate spots."""
-        genes, depths = self.config.genes, self.config.depths
-        names = _candidates([plan.section for plan in plans], genes)
-        counts = [read_counts(plan.section, names, plan.grid) for plan in plans]
-        totals, bins = np.zeros(len(names)), 0
-        for plan, read in zip(plans, counts, strict=True):
-            area = plan.training_area(self.side).ravel()
-            totals += np.asarray(read.matrix[area].sum(0, dtype=np.float64)).ravel()
-            bins += int(area.sum())
-        if isinstance(genes, int) and 0 < genes < len(names):
-            chosen = np.sort(np.argsort(-totals, kind="stable")[:genes])
-            names, totals = [names[index] for index in chosen], totals[chosen]
-            counts = [read_counts(plan.section, names, plan.grid) for plan in plans]
+    def _read(self, plans: list[Plan]) -> list[TrainingSection]:
+        """Choose the panel, and read the counts of all sections."""
+        genes = [plan.section.hr.genes if plan.section.hr else [] for plan in plans]
+        trained = [number for number, plan in enumerate(plans) if len(plan.starts)]
+        names = candidates([genes[number] for number in trained], self.config)
+        wanted = set(names)
+        own = [[gene for gene in measured if gene in wanted] for measured in genes]
+        counts = [read_counts(plan.section, part, plan.grid) for plan, part in zip(plans, own, strict=True)]
+        densities = {
+            number: _density(counts[number], plans[number].training_area(self.side)) for number in trained
+        }
+        if isinstance(self.config.genes, int) and 0 < self.config.genes < len(names):
+            names = most_expressed(
+                names, [own[number] for number in trained], list(densities.values()), self.config.genes
+            )
         self.panel = tuple(names)
-        mean = totals / max(bins, 1) * self.requirements.per_lr**2
-        self.reference = np.maximum(mean, PLAIN_DENSITY).astype(np.float32)
-        for plan, read in zip(plans, counts, strict=True):
-            assert plan.section.image is not None, "check_section comes first"
-            image = plan.section.image.read(plan.grid.at(self.requirements.image_um))
-            for depth in depths:
-                self._add(
-                    plan, image, read if depth == 1 else read.thinned(depth, rng), plain=depth == max(depths)
-                )
+        places = {gene: number for number, gene in enumerate(names)}
+        columns = [np.array([places.get(gene, -1) for gene in part], int) for part in own]
+        self.reference = self._reference({number: (columns[number], densities[number]) for number in trained})
+        return [
+            self._section(plan, read, column)
+            for plan, read, column in zip(plans, counts, columns, strict=True)
+        ]
 
-    def _add(self, plan: Plan, image: np.ndarray, counts: SparseCounts, plain: bool) -> None:
-        """Add one section at one depth; only the one with all transcripts gives validation tiles."""
-        seen = plan.seen(self.requirements.per_lr)
-        rasters = simulate_rasters(
-            counts, plan.grid, plan.shifts, self.config.spots, seen, plan.tissue, self.requirements.lr_um
+    def _reference(self, densities: dict[int, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """`reference`, from the columns and the mean counts per bin of the genes of each section."""
+        total, sections = np.zeros(len(self.panel)), np.zeros(len(self.panel))
+        for columns, density in densities.values():
+            total[columns[columns >= 0]] += density[columns >= 0]
+            sections[columns[columns >= 0]] += 1
+        depth = _HALF * float(np.mean(self.config.depths)) * self.requirements.per_lr**2
+        return np.maximum(depth * total / np.maximum(sections, 1), PLAIN_DENSITY).astype(np.float32)
+
+    def _section(self, plan: Plan, counts: BinCounts, columns: np.ndarray) -> TrainingSection:
+        """A section with the panel's genes; ``columns`` are their places in the panel, -1 for other genes."""
+        assert plan.section.image is not None, "check_section comes first"
+        genes = len(self.panel)
+        kept = counts.of_genes(columns, genes)
+        weights = [
+            mean_weights(kind, plan.grid, plan.tissue, plan.usable, self.requirements.lr_um)
+            for kind in self.config.spots
+        ]
+        return TrainingSection(
+            name=plan.section.name,
+            grid=plan.grid,
+            image=plan.section.image,
+            counts=kept,
+            measured=np.isin(np.arange(genes), columns),
+            tissue=plan.tissue,
+            usable=plan.usable,
+            means=(_HALF * kept.weighted(np.stack(weights))).astype(np.float32),
         )
-        section = TrainingSection(plan.section.name, plan.grid, image, counts, rasters)
-        for phase, starts in enumerate(plan.starts):
-            if len(starts):
-                self._pools.append((section, phase, starts))
-        if plain:
+
+    def _validation_tiles(self, plans: list[Plan], seed: int) -> list[Tile]:
+        """All tiles of validation areas; kinds of spots and lattices in turn, as many transcripts as there are."""
+        kinds = len(self.config.spots)
+        tiles = []
+        for section, plan in zip(self._sections, plans, strict=True):
             for number, (row, column) in enumerate(plan.held_out.tolist()):
-                self._held_out.append((section, number % len(self.config.spots), row, column))
+                kind = number % kinds
+                tiles.append(
+                    Tile(
+                        section=section,
+                        row=row,
+                        column=column,
+                        kind=kind,
+                        lattice=number // kinds % len(self._lattices[kind]),
+                        depth=max(self.config.depths),
+                        turn=0,
+                        stain=None,
+                        seed=int(np.random.default_rng([seed, number]).integers(2**62)),
+                    )
+                )
+        return tiles
 
     # ------------------------------------------------------------------------------------------------- assembling
 
-    @cached_property
-    def _places(self) -> set[tuple]:
-        """Distinct positions, regardless of depth."""
-        return {(s.name, row, column) for s, _, starts in self._pools for row, column in starts.tolist()}
+    def _drawn(self, section: int, row: int, column: int, rng: np.random.Generator) -> Tile:
+        """A training tile at a place."""
+        config = self.config
+        kind = int(rng.integers(len(config.spots)))
+        return Tile(
+            section=self._sections[section],
+            row=row,
+            column=column,
+            kind=kind,
+            lattice=int(rng.integers(len(self._lattices[kind]))),
+            depth=float(rng.choice(config.depths)),
+            turn=int(rng.integers(8)) if config.flips else 0,
+            stain=np.exp(rng.normal(0, config.stain, 3)) if config.stain else None,
+            seed=int(rng.integers(2**62)),
+        )
 
-    def _draw(self, size: int, rng: np.random.Generator) -> list[tuple[int, tuple[int, int]]]:
-        """Draw different tiles: (pool, first bin)."""
-        chosen: list[tuple[int, tuple[int, int]]] = []
-        tries = 0
-        while len(chosen) < size:
-            number = int(rng.integers(self.count))
-            pool = int(np.searchsorted(self._totals, number, side="right"))
-            section, _, starts = self._pools[pool]
-            row, column = starts[number - self._totals[pool]].tolist()
-            tries += 1
-            most = _OVERLAP if tries <= _TRIES * size else 1 - 1e-9
-            if all(self._overlap(section, (row, column), *other) <= most for other in chosen):
-                chosen.append((pool, (row, column)))
-        return chosen
-
-    def _overlap(
-        self, section: TrainingSection, start: tuple[int, int], pool: int, other: tuple[int, int]
-    ) -> float:
-        """Fraction of a tile's area that it shares with another tile."""
-        if self._pools[pool][0].name != section.name:
-            return 0.0
-        rows, columns = (max(0, self.side - abs(a - b)) for a, b in zip(start, other, strict=True))
-        return rows * columns / self.side**2
-
-    def _assemble(self, tiles: list[tuple]) -> Batch:
-        """Assemble tiles (section, phase, kind, first bin, turn, stain gains) into a batch."""
-        size, genes, side, small = len(tiles), len(self.panel), self.side, self.config.train_tile_lr
-        pixels = side * self.requirements.image_per_lr // self.requirements.per_lr
-        image = np.empty((size, 3, pixels, pixels), np.uint8)
-        lr = np.empty((size, genes, small, small), np.float32)
-        mask = np.empty((size, 1, small, small), np.float32)
-        mean = np.empty((size, genes), np.float32)
+    def _assemble(self, tiles: list[Tile]) -> Batch:
+        size, genes, side = len(tiles), len(self.panel), self.side
         hr = torch.zeros(size, genes, side, side)
-        for at, (section, phase, kind, (row, column), turn, gains) in enumerate(tiles):
-            raster = section.rasters[phase][kind]
-            top, left = (
-                (row - raster.row) // self.requirements.per_lr,
-                (column - raster.column) // self.requirements.per_lr,
-            )
-            lr[at] = turned(raster.lr[:, top : top + small, left : left + small], turn)
-            mask[at] = turned(raster.mask[:, top : top + small, left : left + small], turn)
-            mean[at] = raster.mean
-            per_bin = self.requirements.image_per_lr / self.requirements.per_lr
-            y, x = round(row * per_bin), round(column * per_bin)
-            image[at] = stained(turned(section.image[:, y : y + pixels, x : x + pixels], turn), gains)
-            section.counts.cut(row, column, turned_places(side, turn), hr[at].numpy())
+        spots = [self._fill(tile, hr[at].numpy()) for at, tile in enumerate(tiles)]
+        measured = torch.from_numpy(np.stack([tile.section.measured for tile in tiles]))
         return Batch(
-            image=torch.from_numpy(image),
-            lr=torch.from_numpy(lr),
-            lr_mask=torch.from_numpy(mask),
+            image=torch.from_numpy(np.stack([self._image(tile) for tile in tiles])),
+            lr=torch.from_numpy(np.stack([lr for lr, _ in spots])),
+            lr_mask=torch.from_numpy(np.stack([mask for _, mask in spots])),
             has_lr=torch.ones(size, dtype=torch.bool),
-            lr_mean=torch.from_numpy(mean),
+            lr_mean=torch.from_numpy(np.stack([self._mean(tile) for tile in tiles])),
             genes=torch.eye(genes),
             names=self.panel,
             hr=hr,
+            measured=None if all(section.measured.all() for section in self._sections) else measured,
+        )
+
+    def _image(self, tile: Tile) -> np.ndarray:
+        """The H&E of a tile (3, I, I) uint8."""
+        window = tile.section.grid.window(tile.row, tile.column, self.side, self.side)
+        image = tile.section.image.read(window.at(self.requirements.image_um))
+        return stained(turned(image, tile.turn), tile.stain)
+
+    def _mean(self, tile: Tile) -> np.ndarray:
+        """The section's mean counts (g,) at the depth of a tile."""
+        depth = 1.0 if tile.section.counts.unseen is not None else tile.depth
+        return (tile.section.means[tile.kind] * depth).astype(np.float32)
+
+    def _fill(self, tile: Tile, hr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Write one half of the counts into ``hr`` (g, side, side), which is zero; the other half gives the spots.
+
+        Returns
+        -------
+        lr, mask
+            (g, h, w) and (1, h, w) float32.
+        """
+        margin, section = self.requirements.per_lr, tile.section
+        area = (tile.row - margin, tile.column - margin, self.side + 2 * margin, self.side + 2 * margin)
+        window = section.counts.cut(*area)
+        seen, truth = window.halves(np.random.default_rng(tile.seed), tile.depth)
+        places = np.repeat(turned_places(self.side, tile.turn, margin), np.diff(window.first))
+        inside = np.flatnonzero((places >= 0) & (truth > 0))
+        hr.reshape(-1)[window.gene[inside].astype(np.int64) * self.side**2 + places[inside]] = truth[inside]
+        lattice = self._lattices[tile.kind][tile.lattice]
+        masks = cut(section.tissue, *area), cut(section.usable, *area)
+        lr, mask = lattice.simulate(window.matrix(seen, len(self.panel)), *masks)
+        return np.ascontiguousarray(turned(lr, tile.turn)), np.ascontiguousarray(turned(mask, tile.turn))
+
+
+def _check_plans(plans: Sequence[Plan], tile_um: float, validation: bool) -> None:
+    """Check that training tiles are left, and validation tiles if they are wanted."""
+    if not any(len(plan.starts) for plan in plans):
+        raise StsrError(
+            f"no tile of {tile_um:g} um with tissue is left for training; "
+            "give larger sections, a smaller train_tile_lr or --val 0"
+        )
+    if validation and not any(len(plan.held_out) for plan in plans):
+        raise StsrError(
+            "no section is large enough for a validation area; give larger sections, or --val 0 for none"
         )
 
 
-def _candidates(sections: Sequence[Section], genes: int | Sequence[str]) -> list[str]:
-    """Genes that all sections have, in the order of the first one, or the requested ones."""
-    lists = [section.hr.genes for section in sections if section.hr is not None]
-    shared = set.intersection(*(set(own) for own in lists))
-    if not shared:
-        raise StsrError("the sections have no gene in common; train on sections of one panel")
-    if not genes or isinstance(genes, int):
-        return [gene for gene in lists[0] if gene in shared]
-    missing = [gene for gene in genes if gene not in shared]
-    if missing:
-        raise UsageError(
-            f"not every section has {', '.join(missing[:3])}; choose genes that all sections have"
-        )
-    return list(dict.fromkeys(genes))
+def _density(counts: BinCounts, area: np.ndarray) -> np.ndarray:
+    """Mean counts (genes,) per bin of an area (height, width) bool."""
+    return counts.weighted(area[None])[0] / max(int(area.sum()), 1)
 
 
 def _regions(regions: dict | None, sections: Sequence[Section]) -> dict[str, dict]:
@@ -302,7 +356,7 @@ def _regions(regions: dict | None, sections: Sequence[Section]) -> dict[str, dic
     return named
 
 
-def _spread(tiles: list[tuple], most: int) -> list[tuple]:
+def _spread(tiles: list[Tile], most: int) -> list[Tile]:
     """Select at most ``most`` tiles, evenly spaced."""
     if len(tiles) <= most:
         return tiles

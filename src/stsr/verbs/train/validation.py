@@ -22,13 +22,13 @@ def validate(job: TrainingJob, folder: RunFolder, state: State, progress: Progre
     totals: dict[str, float] = {}
     moments = None
     for number, batch in enumerate(job.tiles.validation_batches(job.config.batch)):
-        batch = batch.to(job.device)
+        batch = state.ema.completed(batch.to(job.device))
         with job.autocast():
             terms = state.ema.loss(batch, 1.0, job.generator("validation", number))
         for name, term in terms.items():
             totals[name] = totals.get(name, 0.0) + float(term) * len(batch) / job.tiles.validation_count
         if state.ema.knows_mean or not state.ema.samples:  # one prediction costs no more than a loss
-            moments = add_moments(_predicted(state.ema, batch), batch.truth(), moments)
+            moments = add_moments(_predicted(state.ema, batch), batch.truth(), batch.known(), moments)
     line = {f"val_{name}": value for name, value in totals.items()}
     if moments is not None:
         line["val_pcc"] = mean_pcc(moments)
@@ -51,17 +51,25 @@ def _predicted(method: Method, batch: Batch) -> torch.Tensor:
     return method.predict(batch, noise, features, method.draw(batch, features, noise))
 
 
-def add_moments(predicted: torch.Tensor, true: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
-    """Add maps (b, g, H, W) to the sums (6, g) of n, x, y, xx, yy and xy, from which `mean_pcc` follows."""
-    x, y = (maps.transpose(0, 1).flatten(1).cpu().double() for maps in (predicted, true))  # (g, b H W)
-    sums = [torch.full((len(x),), float(x.shape[1])), *(each.sum(1) for each in (x, y, x * x, y * y, x * y))]
-    now = torch.stack([each.double() for each in sums])
+def add_moments(
+    predicted: torch.Tensor, true: torch.Tensor, known: torch.Tensor, before: torch.Tensor | None
+) -> torch.Tensor:
+    """Add maps (b, g, H, W) to the sums (6, g) of n, x, y, xx, yy and xy, from which `mean_pcc` follows.
+
+    ``known`` (b, g) is 0 for genes that were not measured in a tile, which are left out.
+    """
+    weight = known.cpu().double()
+    x, y = (maps.flatten(2).cpu().double() for maps in (predicted, true))  # (b, g, H W)
+    sums = [torch.full(weight.shape, float(x.shape[2]), dtype=torch.float64)]
+    sums += [each.sum(2) for each in (x, y, x * x, y * y, x * y)]
+    now = torch.stack([(each * weight).sum(0) for each in sums])
     return now if before is None else before + now
 
 
 def mean_pcc(moments: torch.Tensor) -> float:
-    """Mean Pearson correlation over genes with non-zero variance; 0 if there is none."""
+    """Mean Pearson correlation over measured genes with non-zero variance; 0 if there is none."""
     n, x, y, xx, yy, xy = moments
+    n = n.clamp_min(1)
     spread = ((xx - x * x / n).clamp_min(0) * (yy - y * y / n).clamp_min(0)).sqrt()
     varies = spread > 1e-12
     return float(((xy - x * y / n)[varies] / spread[varies]).mean()) if bool(varies.any()) else 0.0

@@ -1,0 +1,138 @@
+"""Simulated spots of training tiles: lattices relative to a tile, and a section's mean counts under them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse as sp
+
+from stsr.geometry.grid import LR_UM, Grid
+from stsr.geometry.lattice import VISIUM_PITCH_UM, VISIUM_SPOT_UM, hexagonal_lattice
+from stsr.geometry.measurement import Measurement
+
+_OFFSETS = 4  # shifts of the hexagonal lattice per axis: 16 in all, 25 x 43 um apart
+_SPOTS_AT_ONCE = 4096  # of a section's measurement, for bounded memory
+_WHOLE = 1 - 1e-4  # fraction of a spot's area that must be measured
+
+
+def _squares(grid: Grid) -> list[np.ndarray]:
+    x, y = grid.at(LR_UM).centres_um()
+    return [np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)]
+
+
+def _hexagons(grid: Grid) -> list[np.ndarray]:
+    """Lattices whose discs lie in the grid, at even offsets within the lattice's cell of 100 x 173 um."""
+    x0, y0, x1, y1 = grid.bounds_um
+    cell = np.array([1, np.sqrt(3)]) * VISIUM_PITCH_UM
+    radius = VISIUM_SPOT_UM / 2
+    lattices = []
+    for number in range(_OFFSETS**2):
+        dx, dy = (np.array(divmod(number, _OFFSETS)) + 0.5) / _OFFSETS * cell
+        centres = hexagonal_lattice((x0 - cell[0] + dx, y0 - cell[1] + dy, x1, y1))
+        inside = (centres >= np.array([x0, y0]) + radius).all(1)
+        lattices.append(centres[inside])
+    return lattices
+
+
+_LATTICES: dict[str, tuple[Callable[[Grid], list[np.ndarray]], Callable[[Grid, np.ndarray], Measurement]]] = {
+    "square": (_squares, Measurement.squares),
+    "visium": (_hexagons, Measurement.discs),
+}
+SPOT_KINDS = tuple(_LATTICES)
+"""Kinds of spots that can be simulated from counts per bin."""
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Spots over a tile and a margin of one low-resolution pixel."""
+
+    measurement: Measurement
+    lr_um: float
+
+    def simulate(
+        self, counts: sp.csr_matrix, tissue: np.ndarray, usable: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Measure a tile; only by spots that lie in tissue, as `prepare` keeps them, and wholly in measured bins.
+
+        Parameters
+        ----------
+        counts
+            (bins, g) of the tile and its margin.
+        tissue, usable
+            (height, width) bool, likewise: tissue, and measured bins that are not excluded.
+
+        Returns
+        -------
+        lr, mask
+            (g, h, w) and (1, h, w) float32 of the tile, as `Measurement.raster` gives them.
+        """
+        kept = spots_in(self.measurement, tissue, usable)
+        if len(kept) == self.measurement.spots:
+            matrix, weights, mask = self._matrix, self._weights, self._mask
+        else:
+            matrix, (weights, mask) = (
+                self._matrix[kept],
+                _operator(self.measurement.of_spots(kept), self.lr_um),
+            )
+        spots = (matrix @ counts).toarray()  # (spots, g)
+        lr = np.ascontiguousarray((weights @ spots).T)  # (g, h w)
+        return lr.reshape(-1, *mask.shape[1:]), mask
+
+    @cached_property
+    def _matrix(self) -> sp.csr_matrix:
+        return self.measurement.matrix.astype(np.float32)
+
+    @cached_property
+    def _weights(self) -> np.ndarray:
+        return _operator(self.measurement, self.lr_um)[0]
+
+    @cached_property
+    def _mask(self) -> np.ndarray:
+        return _operator(self.measurement, self.lr_um)[1]
+
+
+def _operator(measurement: Measurement, lr_um: float) -> tuple[np.ndarray, np.ndarray]:
+    """`Measurement.raster` as weights (h w, spots), and its mask (1, h, w), without the margin."""
+    raster, mask = measurement.raster(np.eye(measurement.spots), lr_um)
+    inner = raster[:, 1:-1, 1:-1]  # (spots, h, w)
+    return np.ascontiguousarray(inner.reshape(len(inner), -1).T), np.ascontiguousarray(mask[:, 1:-1, 1:-1])
+
+
+def spots_in(measurement: Measurement, tissue: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """Indices of the spots with a quarter of their area or more in tissue, and all of it in usable bins."""
+    whole = measurement.matrix @ usable.ravel() >= _WHOLE * measurement.bins_seen
+    return np.intersect1d(measurement.in_tissue(tissue), np.flatnonzero(whole), assume_unique=True)
+
+
+def lattices_of(kind: str, side_lr: int, bin_um: float, lr_um: float) -> list[Lattice]:
+    """Lattices of a kind of spots over tiles of ``side_lr`` low-resolution pixels and their margin."""
+    side = round((side_lr + 2) * lr_um / bin_um)
+    grid = Grid(0.0, 0.0, bin_um, side, side)
+    centres, measure = _LATTICES[kind]
+    return [Lattice(measure(grid, each), lr_um) for each in centres(grid)]
+
+
+def mean_weights(kind: str, grid: Grid, tissue: np.ndarray, usable: np.ndarray, lr_um: float) -> np.ndarray:
+    """Weights of bins (height, width) whose weighted sum of counts is a section's `stsr.methods.batch.lr_mean`.
+
+    Spots lie over the whole section. ``tissue`` and ``usable`` are as in `Lattice.simulate`; bins that are not usable
+    do not enter.
+    """
+    centres, measure = _LATTICES[kind]
+    lattice = centres(grid)[0]
+    parts = [
+        measure(grid, lattice[start : start + _SPOTS_AT_ONCE]).matrix
+        for start in range(0, len(lattice), _SPOTS_AT_ONCE)
+    ]
+    if not parts:
+        return np.zeros(grid.shape)
+    whole = Measurement(grid, sp.vstack(parts, format="csr"), lattice)
+    measurement = whole.of_spots(spots_in(whole, tissue, usable))
+    nearest = measurement.nearest[usable]
+    seen = np.bincount(nearest[nearest >= 0], minlength=measurement.spots)  # bins to which a spot is nearest
+    per_spot = seen / measurement.bins_seen.max(initial=1.0)  # as in `Measurement.raster`
+    total = seen.sum() / (lr_um / grid.bin_um) ** 2  # low-resolution pixels
+    return (measurement.matrix.T @ per_spot).reshape(grid.shape) / max(total, 1e-9)
