@@ -80,7 +80,7 @@ class Bench:
         section = open_section(self.store)
         assert section.hr is not None
         self.area: Grid = section.hr.grid.crop_um(*UNSEEN_UM)
-        self.genes = _most_counted(section, self.area)
+        self.genes = _most_counted(section)
         self.truth = section.map("hr_10um_unseen").read(self.genes, window=self.area).astype(float)
         self.other = section.hr.read(self.genes, window=self.area).astype(float) - self.truth
 
@@ -165,18 +165,17 @@ class Bench:
         print(f"| noise ceiling | | {ceilings} | " + " | " * len(FACTORS))
 
 
-def _most_counted(section: Section, area: Grid) -> list[str]:
-    """The genes with the most counts outside an area, without mitochondrial ones."""
-    assert section.hr is not None
-    totals = []
-    row, column = section.hr.grid.offset_of(area)
-    names = [gene for gene in section.hr.genes if not gene.startswith("MT-")]
-    for first in range(0, len(names), 64):
-        counts = section.hr.read(names[first : first + 64])
-        inside = counts[:, row : row + area.height, column : column + area.width].sum((1, 2), dtype=float)
-        totals.append(counts.sum((1, 2), dtype=float) - inside)
-    order = np.argsort(-np.concatenate(totals), kind="stable")[:GENES]
-    return [names[index] for index in order]
+def _most_counted(section: Section) -> list[str]:
+    """The genes with the most counts in spots outside the unseen part, without mitochondrial ones."""
+    spots = section.spots
+    assert spots is not None
+    x0, y0, x1, y1 = UNSEEN_UM
+    x, y = spots.centres_um.T
+    outside = (x < x0) | (x > x1) | (y < y0) | (y > y1)
+    totals = np.asarray(spots.counts[outside].sum(0)).ravel()
+    order = np.argsort(-totals, kind="stable")
+    named = [spots.genes[index] for index in order if not spots.genes[index].startswith("MT-")]
+    return named[:GENES]
 
 
 def _cell(values: np.ndarray) -> str:

@@ -163,7 +163,8 @@ def _save_model(job: TrainingJob, state: State, output: Path, provenance: dict |
     best = job.config.select == "best" and bool(state.best_weights)
     if best:
         state.ema.load_state_dict(state.best_weights)
-    state.ema.finish(batch.to(job.device) for batch in job.tiles.validation_batches(job.config.batch))
+    batches = (batch.to(job.device) for batch in job.tiles.validation_batches(job.config.batch))
+    state.ema.finish(state.ema.completed(batch) for batch in batches)
     record = {
         "sections": job.settings["sections"],
         "regions": job.settings["regions"],
