@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from stsr.diffusion.noise import TileNoise
 from stsr.errors import UsageError, did_you_mean
-from stsr.geometry.grid import LR_UM
+from stsr.geometry.grid import raster_um
 from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements
 from stsr.nn.image import ImageEncoder
 
@@ -60,10 +60,11 @@ class TileConfig:
             raise ValueError(
                 f"tiles of {self.tile_lr} low-resolution pixels cannot overlap by {self.overlap_lr}"
             )
-        for name in ("bin_um", "image_um", "features_um"):
-            size = getattr(self, name)
-            if abs(LR_UM / size - round(LR_UM / size)) > 1e-6:
-                raise ValueError(f"{LR_UM:g} um must be a whole number of {name}, not of {size:g} um")
+        lr_um = raster_um(self.bin_um)
+        for name in ("image_um", "features_um") if self.features else ("image_um",):
+            pixels = lr_um / getattr(self, name)
+            if abs(pixels - round(pixels)) > 1e-6:
+                raise ValueError(f"{lr_um:g} um must be a whole number of {name}, not {pixels:.4g} of them")
         self.image_encoder()  # checks how pixels fit bins
 
     def image_encoder(self) -> ImageEncoder:
@@ -78,6 +79,7 @@ class TileConfig:
             image_um=self.image_um,
             tile_lr=self.tile_lr,
             overlap_lr=self.overlap_lr,
+            lr_um=raster_um(self.bin_um),
             features=self.features,
             features_um=self.features_um,
         )

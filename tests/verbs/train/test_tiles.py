@@ -6,6 +6,7 @@ import torch
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid, add_up
+from stsr.histology.image import Image
 from stsr.methods.batch import Requirements
 from stsr.methods.method import configured
 from stsr.verbs.train.augmentation import stained, turned
@@ -190,11 +191,27 @@ def test_section_mean_is_per_pixel():
 
 def test_fine_bins_are_added_up_and_image_may_be_finer_than_bins():
     section = FakeSection(bin_um=5.0)
-    tiles = tiles_of([section], Requirements((), bin_um=10, image_um=5), spots=["square"], stain=0)
+    tiles = tiles_of([section], Requirements((), bin_um=10, image_um=5), spots=["square"], stain=0, coarse=0)
     batch = tiles.batch(4, generator())
     assert batch.image.shape[-1] == 60
     counts = add_up(batch.image[:, 0].float(), 20)
     assert torch.equal(batch.lr[:, 0] + add_up(batch.hr[:, 0], 10), counts)
+
+
+def test_a_share_of_the_tiles_looks_like_a_coarser_scan():
+    section = FakeSection()
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 320, 280)).astype(np.uint8)
+    section.image = Image([pixels], np.array([[5.0, 0, 1000], [0, 5, -500], [0, 0, 1]]))
+
+    def sharpness(coarse):
+        """Mean difference of neighbouring pixels in each of 12 tiles."""
+        needs = Requirements((), bin_um=10, image_um=5)
+        image = tiles_of([section], needs, stain=0, coarse=coarse).batch(12, generator()).image
+        return image.float().diff(dim=-1).abs().mean((1, 2, 3))
+
+    sharp, some, every = sharpness(0), sharpness(0.5), sharpness(1)
+    assert every.max() < sharp.min()
+    assert 0 < (some < sharp.min()).sum() < 12
 
 
 def test_the_generator_alone_decides():

@@ -1,10 +1,16 @@
-"""Augmentation of training tiles: rotations, mirroring and stain variation."""
+"""Augmentation of training tiles: rotations, mirroring, stain variation and coarser scans."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import numpy as np
+
+from stsr.geometry.grid import Grid
+from stsr.histology.image import Image
+
+COARSE_UM = (4.0, 10.0)
+"""Pixels of coarser scans, um: of a 2.5x objective, and of an overview."""
 
 
 def turned(array: np.ndarray, turn: int) -> np.ndarray:
@@ -30,3 +36,9 @@ def stained(image: np.ndarray, gains: np.ndarray | None) -> np.ndarray:
     light = np.arange(256) / 255
     table = np.rint(255 * light[None, :] ** gains[:, None]).astype(np.uint8)  # (3, 256)
     return np.stack([table[colour][image[colour]] for colour in range(3)])
+
+
+def coarsened(image: Image, window: Grid, coarse_um: float) -> np.ndarray:
+    """Read a window (3, height, width) uint8 as from a scan with pixels of ``coarse_um``, interpolated to its own."""
+    scan = window.at(coarse_um)
+    return Image([image.read(scan)], scan.bin_to_um).read(window)

@@ -57,6 +57,9 @@ class TrainConfig:
         counts are not thinned.
     stain
         Standard deviation of the random log gain of each channel's optical density.
+    coarse
+        Fraction of tiles whose image is given the resolution of a coarser scan (one of 4 and 10 um per pixel), so that
+        the model copes with one.
     flips
         Whether tiles are rotated and mirrored.
     tissue
@@ -100,6 +103,7 @@ class TrainConfig:
     phases: int = 5
     depths: tuple[float, ...] = (1.0,)
     stain: float = 0.1
+    coarse: float = 0.15
     flips: bool = True
     tissue: float = 0.3
     gap_lr: int = 0
@@ -118,7 +122,7 @@ class TrainConfig:
         check_positive(self, "steps", "batch", "learning_rate", "train_tile_lr", "phases", "validate_every")
         check_positive(self, "log_every", "save_every", "save_seconds", "validation_tiles")
         check_not_negative(self, "warmup", "weight_decay", "grad_clip", "gap_lr", "stain", "prefetch")
-        for name in ("final_rate", "tissue"):
+        for name in ("final_rate", "tissue", "coarse"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:

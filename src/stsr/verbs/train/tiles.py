@@ -14,7 +14,7 @@ import torch
 from stsr.errors import StsrError, UsageError
 from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements, cut
 from stsr.store.section import Section
-from stsr.verbs.train.augmentation import stained, turned, turned_places
+from stsr.verbs.train.augmentation import COARSE_UM, coarsened, stained, turned, turned_places
 from stsr.verbs.train.config import TrainConfig
 from stsr.verbs.train.counts import BinCounts, read_counts
 from stsr.verbs.train.heldout import Plan, plan_section, window_shares
@@ -46,6 +46,8 @@ class Tile:
     """How the tile is rotated and mirrored, see `turned`."""
     stain: np.ndarray | None
     """(3,) gains of the stain."""
+    coarse_um: float | None
+    """Pixels of the coarser scan that the image is made to resemble, um."""
     seed: int
     """Of the random halves."""
 
@@ -249,6 +251,7 @@ class TrainingTiles:
                         depth=max(self.config.depths),
                         turn=0,
                         stain=None,
+                        coarse_um=None,
                         seed=int(np.random.default_rng([seed, number]).integers(2**62)),
                     )
                 )
@@ -269,8 +272,15 @@ class TrainingTiles:
             depth=float(rng.choice(config.depths)),
             turn=int(rng.integers(8)) if config.flips else 0,
             stain=np.exp(rng.normal(0, config.stain, 3)) if config.stain else None,
+            coarse_um=self._coarse_um(rng),
             seed=int(rng.integers(2**62)),
         )
+
+    def _coarse_um(self, rng: np.random.Generator) -> float | None:
+        """Pixels of a coarser scan for some of the tiles, if there are such scans."""
+        needs = self.requirements
+        sizes = [size for size in COARSE_UM if size > needs.image_um and needs.lr_um % size == 0]
+        return float(rng.choice(sizes)) if sizes and rng.random() < self.config.coarse else None
 
     def _assemble(self, tiles: list[Tile]) -> Batch:
         size, genes, side = len(tiles), len(self.panel), self.side
@@ -292,7 +302,11 @@ class TrainingTiles:
     def _image(self, tile: Tile) -> np.ndarray:
         """The H&E of a tile (3, I, I) uint8."""
         window = tile.section.grid.window(tile.row, tile.column, self.side, self.side)
-        image = tile.section.image.read(window.at(self.requirements.image_um))
+        window = window.at(self.requirements.image_um)
+        if tile.coarse_um is None:
+            image = tile.section.image.read(window)
+        else:
+            image = coarsened(tile.section.image, window, tile.coarse_um)
         return stained(turned(image, tile.turn), tile.stain)
 
     def _mean(self, tile: Tile) -> np.ndarray:
