@@ -61,6 +61,7 @@ def train(
         overwrite=overwrite,
         dry_run=dry_run,
         progress=console.progress,
+        report=console.say,
     )
     if dry_run:
         console.emit(made)

@@ -14,6 +14,7 @@ from stsr.geometry.grid import Grid
 
 _BLOCK_BYTES = 48 * 2**20  # of source pixels read at once
 _MARGIN = 4  # averaged pixels around a window: one for the interpolation, two for the smoothing, one to spare
+_COARSER = 1.5  # ratio of pixel sizes from which an image lacks detail; scans of 20x have 0.45 to 0.65 um
 _SLACK = 1e-6  # px or bins; rounding of affines
 
 
@@ -90,6 +91,12 @@ class Image:
         corners = self.px_to_um[:2] @ np.array([[0, w, 0, w], [0, 0, h, h], [1, 1, 1, 1.0]])  # (2, 4)
         (x0, y0), (x1, y1) = corners.min(1), corners.max(1)
         return float(x0), float(y0), float(x1), float(y1)
+
+    def lacks(self, um_per_px: float) -> str:
+        """Describe what a reader of pixels of a size misses in this image; empty if its pixels are small enough."""
+        if self.um_per_px <= _COARSER * um_per_px:
+            return ""
+        return f"{self.um_per_px:.3g} um per pixel, and the model reads {um_per_px:g} um: detail is missing"
 
     def moved(self, px_to_um: np.ndarray) -> Image:
         """The same pixels under another affine (3, 3) from pixels to um."""

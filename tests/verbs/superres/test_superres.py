@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+import zarr
 
 from stsr import checkpoint
 from stsr.errors import StsrError, UsageError
@@ -17,6 +18,7 @@ from stsr.geometry.correction import Correction
 from stsr.geometry.grid import Grid
 from stsr.geometry.measurement import Measurement
 from stsr.methods import method_class
+from stsr.methods.regression import RegressionConfig, UNetRegression
 from stsr.simulate import simulate_tissue, write_visium
 from stsr.store import elements, publishing
 from stsr.store.section import Section, open_section
@@ -310,6 +312,30 @@ def test_without_spots_the_counts_do_not_matter(store, any_model, monkeypatch):
     assert not np.allclose(read(path, "seeing"), read(path, "seeing_more"), rtol=0.1)
     with pytest.raises(UsageError, match="CD68"):
         superres(path, model=any_model, genes=["CD68"], use_lr=False)
+
+
+def test_a_finer_model_reads_the_image_and_reports_a_coarse_one(store, folder, tissue):
+    path, genes = store(), tuple(tissue.genes[:4])
+    torch.manual_seed(0)
+    settings = {"widths": (8, 8), "factors": 4, "lr_channels": 8, "views": 1, "tile_lr": 4, "overlap_lr": 2}
+    maps = {}
+    for image_um in (4.0, 0.5):
+        config = RegressionConfig(image_um=image_um, image_channels=8, **settings)
+        method = UNetRegression(config, genes, np.full(len(genes), 5.0))
+        torch.nn.init.normal_(method.trunk.head[-1].weight, std=0.2)
+        model = checkpoint.save(folder / f"fine{image_um}.safetensors", method, "unet", {})
+        result = superres(path, model=model, overwrite=True, consistency=False)
+        um_per_px = open_section(path).image.um_per_px
+        reported = any("detail is missing" in note for note in result.notes)
+        assert reported == (um_per_px > 1.5 * image_um)
+        maps[image_um] = read(path)
+    assert maps[0.5].shape == maps[4.0].shape and reported
+    white = folder / "white"
+    shutil.copytree(path, white)
+    for _, array in zarr.open_group(white / "images" / "he", mode="r+").arrays():
+        array[:] = 255
+    superres(white, model=model, overwrite=True, consistency=False)
+    assert not np.allclose(read(white), maps[0.5], rtol=0.05)
 
 
 def test_genes_outside_the_panel_follow_their_look_alikes(store, any_model):

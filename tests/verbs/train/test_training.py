@@ -195,6 +195,14 @@ def test_dry_run_writes_nothing(section, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_image_coarser_than_the_model_reads_is_reported(section, tmp_path):
+    said = []
+    small(section, tmp_path / "m.safetensors", dry_run=True, settings=["image_um=5"], report=said.append)
+    assert not said
+    small(section, tmp_path / "m.safetensors", dry_run=True, settings=["image_um=2"], report=said.append)
+    assert said == ["the H&E of one has 5 um per pixel, and the model reads 2 um: detail is missing"]
+
+
 @pytest.mark.parametrize(("name", "own"), [("corrdiff", {"directions": 4}), ("c3diff", {}), ("diffst", {})])
 def test_other_methods_train_too(section, tmp_path, name, own):
     tiny = {"train": {**SMALL["train"], "steps": 2}, "method": own}

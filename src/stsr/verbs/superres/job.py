@@ -167,7 +167,7 @@ def make_job(
         samples=_samples(samples, method),
         seed=seed,
         element=names.check_name(name or names.result_name("superres", scale)),
-        notes=_notes(blind=spots is None and use_lr, outside=outside),
+        notes=_notes(section, method, blind=spots is None and use_lr, outside=outside),
     )
     return replace(job, provenance=_provenance(job, scale=scale, outside=outside))
 
@@ -182,9 +182,12 @@ def _measurement(spots: Spots | None, grid: Grid) -> tuple[Measurement | None, n
     return measurement, seeing
 
 
-def _notes(*, blind: bool, outside: int) -> list[str]:
+def _notes(section: Section, method: Method, *, blind: bool, outside: int) -> list[str]:
     """Remarks for the user before the work begins."""
     notes = []
+    if method.learns and section.image is not None:
+        lacking = section.image.lacks(method.requirements.image_um)
+        notes += [f"the H&E has {lacking}; a finer scan would give a better map"] if lacking else []
     if blind:
         notes.append("no measured spots: predicting from the image alone")
     if outside:

@@ -16,7 +16,7 @@ from stsr.device import resolve_device
 from stsr.errors import UsageError
 from stsr.methods import DEFAULT_METHOD, method_class
 from stsr.methods.method import Method, config_dict
-from stsr.progress import Progress
+from stsr.progress import Progress, Report, silent
 from stsr.store.section import open_section
 from stsr.verbs.train.config import TrainConfig, read_config, resolve
 from stsr.verbs.train.section import check_section
@@ -73,6 +73,7 @@ def make_job(
     seed: int,
     init: str | Path | None,
     progress: Progress,
+    report: Report = silent,
 ) -> TrainingJob:
     """Resolve all settings and read the sections; parameters are those of `stsr.train`.
 
@@ -100,6 +101,9 @@ def make_job(
     requirements = chosen(method_config, ("gene",)).requirements  # the same for every panel
     for section in opened:
         check_section(section, requirements)
+        lacking = section.image.lacks(requirements.image_um) if section.image is not None else ""
+        if lacking:
+            report(f"the H&E of {section.name} has {lacking}")
     tiles = TrainingTiles(opened, requirements, training, val=val, regions=regions, seed=seed)
     whole = {
         "stsr": __version__,

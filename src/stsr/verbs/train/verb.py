@@ -12,7 +12,7 @@ import torch
 
 from stsr import checkpoint
 from stsr.errors import UsageError
-from stsr.progress import Progress, silent
+from stsr.progress import Progress, Report, silent
 from stsr.signals import interruptible
 from stsr.verbs.train.job import TrainingJob, described, make_job
 from stsr.verbs.train.loop import batches_of, initial_state, training_loop, training_step
@@ -38,6 +38,7 @@ def train(
     dry_run: bool = False,
     provenance: dict | None = None,
     progress: Progress | None = None,
+    report: Report | None = None,
 ) -> Path | dict:
     """Train a method and write a checkpoint; after an interruption the same command resumes.
 
@@ -74,6 +75,8 @@ def train(
         Stored in the checkpoint's header: licence and attribution of the data.
     progress
         Called with the steps that are done, their total and a label.
+    report
+        Called with remarks on the sections.
 
     Returns
     -------
@@ -110,6 +113,7 @@ def train(
             seed=seed,
             init=init,
             progress=progress,
+            report=report or silent,
         )
         if dry_run:
             return {"output": str(output), **described(job), **_timed(job)}
