@@ -175,7 +175,7 @@ def test_straight_images_are_read_as_slightly_turned_ones(turn, mirrored):
     pixels = np.random.default_rng(3).integers(0, 256, (3, 60, 50), dtype=np.uint8)
     straight = affine(turn, 2.0, mirrored, (7.0, 3.0))
     nearly = straight + np.array([[3e-5, 3e-5, 0], [3e-5, 3e-5, 0], [0, 0, 0]])
-    x0, y0, x1, y1 = Image([pixels], straight).bounds_um
+    x0, y0, *_ = Image([pixels], straight).bounds_um
     for bin_um, shift in ((2.0, 0.0), (2.0, 0.6), (0.7, 0.1)):
         grid = Grid(x0 + 20 + shift, y0 + 20, bin_um, int(60 / bin_um), int(40 / bin_um))
         a, b = (Image([pixels], px_to_um).read(grid).astype(int) for px_to_um in (straight, nearly))

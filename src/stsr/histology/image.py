@@ -170,7 +170,7 @@ class Image:
         ratio = grid.bin_um / level.um_per_px  # pixels per bin, along a side
         block, whole = _block_side(ratio, level.um_to_px)
         margin = _MARGIN * block
-        # If a bin is a block, the first bins' centres lie in the middle of one; else blocks are those of the whole image.
+        # If a bin is a block, the first bins' centres lie in the middle of one; else blocks count from the corner.
         top, left = (
             int(np.floor(at.min() - block / 2 + 0.5 + _SLACK)) - margin
             if whole
