@@ -151,3 +151,32 @@ def test_um_per_px_of_a_sheared_mirror():
 def test_flat_affine_is_refused():
     with pytest.raises(StsrError, match="alignment"):
         Image([np.zeros((3, 5, 5), np.uint8)], np.diag([1.0, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize("angle", [0.0, np.pi / 2, 0.02])
+@pytest.mark.parametrize(
+    ("um_per_px", "bin_um"), [(0.5, 0.5), (2.0, 0.5), (2.0, 2.0), (2.0, 4.0), (1.7, 10.0)]
+)
+def test_a_window_is_a_crop_of_the_whole(angle, um_per_px, bin_um):
+    pixels = np.random.default_rng(2).integers(0, 256, (3, 450, 400), dtype=np.uint8)
+    image = Image([pixels], affine(angle, um_per_px, True, (30.0, -20.0)))
+    x0, y0, x1, y1 = image.bounds_um
+    grid = Grid(x0, y0, bin_um, int((y1 - y0) / bin_um), int((x1 - x0) / bin_um))
+    whole, (height, width) = image.read(grid), grid.shape
+    for row, column in ((0, 0), (height // 3, width // 5), (height - 20, width - 30)):
+        part = image.read(grid.window(row, column, 20, 30))
+        assert np.array_equal(part, whole[:, row : row + 20, column : column + 30])
+
+
+@pytest.mark.parametrize("turn", [0.0, np.pi / 2, np.pi, -np.pi / 2])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_straight_images_are_read_as_slightly_turned_ones(turn, mirrored):
+    """The quick ways for straight images give what the general way gives."""
+    pixels = np.random.default_rng(3).integers(0, 256, (3, 60, 50), dtype=np.uint8)
+    straight = affine(turn, 2.0, mirrored, (7.0, 3.0))
+    nearly = straight + np.array([[3e-5, 3e-5, 0], [3e-5, 3e-5, 0], [0, 0, 0]])
+    x0, y0, *_ = Image([pixels], straight).bounds_um
+    for bin_um, shift in ((2.0, 0.0), (2.0, 0.6), (0.7, 0.1)):
+        grid = Grid(x0 + 20 + shift, y0 + 20, bin_um, int(60 / bin_um), int(40 / bin_um))
+        a, b = (Image([pixels], px_to_um).read(grid).astype(int) for px_to_um in (straight, nearly))
+        assert np.abs(a - b).max() <= 2 and a.std() > 20

@@ -16,6 +16,8 @@ _BLOCK_BYTES = 48 * 2**20  # of source pixels read at once
 _MARGIN = 4  # averaged pixels around a window: one for the interpolation, two for the smoothing, one to spare
 _COARSER = 1.5  # ratio of pixel sizes from which an image lacks detail; scans of 20x have 0.45 to 0.65 um
 _SLACK = 1e-6  # px or bins; rounding of affines
+_STRAIGHT = 1e-4  # px; smaller distances change no grey level
+_AT_ONCE = 2**14  # values that are interpolated together, for the processor's cache
 
 
 class Pixels(Protocol):
@@ -140,15 +142,21 @@ class Image:
         """
         rgb = np.full((3, *grid.shape), 255, dtype=np.uint8)
         level = self._level_for(grid.bin_um)
-        covered = self.covered(grid)
         for rows, columns in _blocks(grid, level):
-            inside = covered[rows, columns]
-            if not inside.any():
-                continue
-            part = grid.window(rows.start, columns.start, *inside.shape)
-            values = np.rint(self._sample(level, part)).clip(0, 255).astype(np.uint8)  # (3, rows, columns)
-            np.copyto(rgb[:, rows, columns], values, where=inside)
+            part = grid.window(
+                rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start
+            )
+            inside = self._covers(part) or self.covered(part)
+            if inside is True:
+                rgb[:, rows, columns] = self._sample(level, part)
+            elif inside.any():
+                np.copyto(rgb[:, rows, columns], self._sample(level, part), where=inside)
         return rgb
+
+    def _covers(self, grid: Grid) -> bool:
+        """Whether all bin centres lie inside the image; those at the corners decide."""
+        x, y = grid.centres_um()
+        return bool(self.contains(x[[0, 0, -1, -1]], y[[0, -1, 0, -1]]).all())
 
     def _level(self, array: Pixels) -> _Level:
         height, width = array.shape[1:]
@@ -161,25 +169,26 @@ class Image:
         return fine_enough[-1] if fine_enough else self._levels[0]
 
     def _sample(self, level: _Level, grid: Grid) -> np.ndarray:
-        """Values (3, height, width) in 0..255 at the bin centres; beyond the image its edge is repeated."""
-        from scipy.ndimage import map_coordinates
-
+        """Values (3, height, width) uint8 at the bin centres; beyond the image its edge is repeated."""
         x, y = grid.centres_um()
         (a, b, c), (d, e, f) = level.um_to_px[:2]
-        u = a * x[None, :] + b * y[:, None] + c  # (height, width), px
-        v = d * x[None, :] + e * y[:, None] + f
+        corners = np.stack(np.meshgrid(x[[0, -1]], y[[0, -1]])).reshape(2, 4)
+        u, v = a * corners[0] + b * corners[1] + c, d * corners[0] + e * corners[1] + f  # px
         ratio = grid.bin_um / level.um_per_px  # pixels per bin, along a side
-        block = _block_side(ratio, level.um_to_px)
+        block, whole = _block_side(ratio, level.um_to_px)
         margin = _MARGIN * block
-        # Blocks start such that the first bins' centres lie in the middle of a block.
-        top, left = (int(np.floor(at.min() - block / 2 + 0.5)) - margin for at in (v, u))
+        # If a bin is a block, the first bins' centres lie in the middle of one; else blocks count from the corner.
+        top, left = (
+            int(np.floor(at.min() - block / 2 + 0.5 + _SLACK)) - margin
+            if whole
+            else (int(np.floor(at.min())) // block) * block - margin
+            for at in (v, u)
+        )
         height, width = int(np.ceil(v.max())) + margin - top, int(np.ceil(u.max())) + margin - left
         pixels = self._pixels(level, top, left, -(-height // block) * block, -(-width // block) * block)
-        averaged = _smooth(_average(pixels, block), ratio / block)
-        rows, columns = (v - top) / block - 0.5, (u - left) / block - 0.5
-        return np.stack(
-            [map_coordinates(plane, (rows, columns), order=1, mode="nearest") for plane in averaged]
-        )
+        planes = _smooth(_average(pixels, block), ratio / block)
+        to_plane = np.array([[a, b, c - left], [d, e, f - top]]) / block - [[0, 0, 0.5], [0, 0, 0.5]]
+        return _interpolated(planes, to_plane, x, y)
 
     def _pixels(self, level: _Level, top: int, left: int, height: int, width: int) -> np.ndarray:
         """A window (3, height, width) in 0..255; beyond the image its edge is repeated."""
@@ -216,9 +225,9 @@ def _white(array: Pixels) -> float:
 
 
 def _average(pixels: np.ndarray, block: int) -> np.ndarray:
-    """Means of block x block pixels: (3, y, x) -> (3, y / block, x / block) float32."""
+    """Means of block x block pixels: (3, y, x) -> (3, y / block, x / block) float32; single pixels as they are."""
     if block == 1:
-        return pixels.astype(np.float32)
+        return pixels
     wide = np.uint32 if pixels.dtype.kind == "u" else np.float32
     rows = np.zeros((pixels.shape[0], pixels.shape[1] // block, pixels.shape[2]), wide)
     # Sums of strided views are several times faster than a mean over two short axes.
@@ -230,8 +239,8 @@ def _average(pixels: np.ndarray, block: int) -> np.ndarray:
     return total.astype(np.float32) / block**2
 
 
-def _block_side(ratio: float, um_to_px: np.ndarray) -> int:
-    """Side, in pixels, of the blocks to average before sampling at ``ratio`` pixels per bin.
+def _block_side(ratio: float, um_to_px: np.ndarray) -> tuple[int, bool]:
+    """Side, in pixels, of the blocks to average before sampling at ``ratio`` pixels per bin, and whether it is a bin.
 
     Blocks of a whole bin are exact where bins are whole numbers of pixels along the image's own axes. Otherwise blocks
     are a third of a bin, and `_smooth`, which handles fractions of pixels, does the rest.
@@ -239,8 +248,8 @@ def _block_side(ratio: float, um_to_px: np.ndarray) -> int:
     direction = np.abs(um_to_px[:2, :2]) / np.abs(um_to_px[:2, :2]).max()
     along_axes = max(direction[0, 1], direction[1, 0]) < 1e-4 or max(direction[0, 0], direction[1, 1]) < 1e-4
     if along_axes and abs(ratio - round(ratio)) < 1e-3:
-        return max(1, round(ratio))
-    return max(1, int(ratio / 3))
+        return max(1, round(ratio)), True
+    return max(1, int(ratio / 3)), False
 
 
 def _smooth(pixels: np.ndarray, ratio: float) -> np.ndarray:
@@ -253,14 +262,106 @@ def _smooth(pixels: np.ndarray, ratio: float) -> np.ndarray:
     steps = np.arange(1, int(np.ceil(side)) + 1)
     arm = np.minimum(1.0, side - (steps - 1))  # the last pixel lies in it in part
     weights = np.concatenate([arm[::-1], [1.0], arm]) / ratio
-    return correlate1d(correlate1d(pixels, weights, axis=1), weights, axis=2)
+    return correlate1d(correlate1d(pixels.astype(np.float32), weights, axis=1), weights, axis=2)
+
+
+def _interpolated(planes: np.ndarray, to_plane: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Interpolate planes (3, rows, columns) linearly.
+
+    Parameters
+    ----------
+    to_plane
+        Affine (2, 3) from (x, y, 1) to column and row.
+    x, y
+        Coordinates (width,) and (height,) of the result.
+
+    Returns
+    -------
+    values
+        (3, height, width) uint8.
+    """
+    (a, b, c), (d, e, f) = to_plane
+    wide, tall = np.ptp(x), np.ptp(y)
+    if max(abs(a) * wide, abs(e) * tall) < _STRAIGHT:  # rows and columns change places
+        planes, (a, b, c), (d, e, f) = planes.swapaxes(1, 2), (d, e, f), (a, b, c)
+    straight = max(abs(b) * tall, abs(d) * wide) < _STRAIGHT
+    if straight:
+        planes = _along(planes, a * x + b * y.mean() + c, 2)  # (3, rows, width)
+        down = e * y + d * x.mean() + f
+    else:
+        flat = np.ascontiguousarray(planes, np.float32).reshape(len(planes), -1)
+    out = np.empty((len(planes), len(y), len(x)), np.uint8)
+    step = max(1, _AT_ONCE // len(x))
+    for start in range(0, len(y), step):
+        rows = slice(start, start + step)
+        if straight:
+            out[:, rows] = _rounded(_along(planes, down[rows], 1))
+        else:
+            out[:, rows] = _rounded(_bilinear(flat, planes.shape[1:], to_plane, x, y[rows]))
+    return out
+
+
+def _along(planes: np.ndarray, at: np.ndarray, axis: int) -> np.ndarray:
+    """Interpolate planes linearly at positions ``at`` (n,) along one axis."""
+    first = np.floor(at + _STRAIGHT).astype(np.int64)
+    part = (at - first).astype(np.float32)
+    last = planes.shape[axis] - 1
+    near = _taken(planes, first.clip(0, last), axis)
+    if np.abs(part).max() <= 2 * _STRAIGHT:  # on the pixels
+        return near
+    shape = [1, 1, 1]
+    shape[axis] = len(at)
+    near = near.astype(np.float32)
+    values = _taken(planes, (first + 1).clip(0, last), axis) - near
+    values *= part.reshape(shape)
+    values += near
+    return values
+
+
+def _taken(planes: np.ndarray, index: np.ndarray, axis: int) -> np.ndarray:
+    """Rows or columns of planes; a view where they follow each other."""
+    step = int(index[1] - index[0]) if len(index) > 1 else 1
+    if abs(step) == 1 and (np.diff(index) == step).all():
+        stop = int(index[-1]) + step
+        window: list[slice] = [slice(None)] * planes.ndim
+        window[axis] = slice(int(index[0]), None if stop < 0 else stop, step)
+        return planes[tuple(window)]
+    return planes.take(index, axis)
+
+
+def _bilinear(
+    flat: np.ndarray, shape: tuple[int, ...], to_plane: np.ndarray, x: np.ndarray, y: np.ndarray
+) -> np.ndarray:
+    """Values (3, y, x) float32 of planes (3, rows * columns) of a shape (rows, columns)."""
+    (a, b, c), (d, e, f) = to_plane
+    height, width = shape
+    column = (a * x[None, :] + b * y[:, None] + c).clip(0, width - 1 - _STRAIGHT)  # (y, x)
+    row = (d * x[None, :] + e * y[:, None] + f).clip(0, height - 1 - _STRAIGHT)
+    left, top = column.astype(np.int64), row.astype(np.int64)
+    right, below = (column - left).astype(np.float32), (row - top).astype(np.float32)
+    first = top * width + left
+    both = right * below
+    corners = ((0, 1 - right - below + both), (1, right - both), (width, below - both), (width + 1, both))
+    values = np.zeros((len(flat), *first.shape), np.float32)
+    for offset, weight in corners:
+        at = first + offset
+        for value, plane in zip(values, flat, strict=True):
+            value += plane.take(at) * weight
+    return values
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Values in 0..255 to the nearest whole number, uint8."""
+    if values.dtype == np.uint8:
+        return values
+    return (values + np.float32(0.5)).clip(0, 255).astype(np.uint8)
 
 
 def _blocks(grid: Grid, level: _Level) -> Iterator[tuple[slice, slice]]:
     """Squares of the grid whose source pixels fit in memory, whatever the rotation of the image."""
     ratio = max(grid.bin_um / level.um_per_px, 1e-3)
     side = int(np.sqrt(_BLOCK_BYTES / 6) / ratio)  # 3 channels, and twice the area when rotated by 45 degrees
-    side = int(np.clip(side, 16, 1024))
+    side = int(np.clip(side, 16, 2048))
     for row in range(0, grid.height, side):
         for column in range(0, grid.width, side):
             yield slice(row, min(row + side, grid.height)), slice(column, min(column + side, grid.width))

@@ -163,11 +163,15 @@ class Map:
     def _index(self, genes: Sequence[str] | None) -> np.ndarray:
         if genes is None:
             return np.arange(len(self.genes))
-        place = {gene: number for number, gene in enumerate(self.genes)}
+        place = self._places
         missing = [gene for gene in genes if gene not in place]
         if missing:
             raise UsageError(f"the map has no gene {', '.join(missing[:3])}; it has {len(self.genes)} others")
         return np.array([place[gene] for gene in genes], dtype=int)
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {gene: number for number, gene in enumerate(self.genes)}
 
 
 class Mask:

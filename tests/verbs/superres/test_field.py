@@ -5,11 +5,15 @@ import pytest
 import torch
 
 from stsr.geometry.grid import add_up
+from stsr.methods import method_class
 from stsr.methods.batch import Requirements
 from stsr.simulate import simulate_tissue, write_xenium
 from stsr.store.section import open_section
 from stsr.verbs.prepare.verb import prepare
 from stsr.verbs.superres.field import Field
+from stsr.verbs.superres.job import make_job
+from stsr.verbs.superres.loading import Loaded
+from stsr.verbs.superres.predict import Predictor
 from stsr.verbs.train.config import TrainConfig
 from stsr.verbs.train.tiles import TrainingTiles
 
@@ -42,3 +46,28 @@ def test_training_and_prediction_build_equal_batches(section, image_um):
         assert torch.equal(learned.lr + add_up(learned.hr, 10), shown.lr)  # spots and truth are its halves
         torch.testing.assert_close(2 * learned.lr_mean, shown.lr_mean)
         assert learned.lr.max() > 0 and len(torch.unique(learned.image)) > 20
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_panel_genes_that_the_spots_lack_are_marked(section, absent):
+    panel = (*section.spots.genes[:3], *(["ABSENT"] if absent else []))
+    chosen = method_class("unet")
+    method = chosen(chosen.Config(widths=(8, 8), factors=2, lr_channels=4), panel).eval()
+    loaded = Loaded(method=method, name="unet", model="m", digest=None, device=torch.device("cpu"))
+    job = make_job(
+        section,
+        loaded,
+        scale=10,
+        genes=None,
+        samples=None,
+        use_lr=True,
+        consistency=True,
+        region=None,
+        name=None,
+        seed=0,
+    )
+    predictor = Predictor(job)
+    window = job.grid.window(0, 0, 30, 30)
+    measured = predictor._panel.batch(window).measured
+    assert measured.tolist() == [[True, True, True, False]] if absent else measured is None
+    assert predictor.field(slice(0, 2)).batch(window).measured is None

@@ -43,6 +43,10 @@ class Field:
         (g, p) mixtures of panel genes, and the genes' names.
     image_um
         Size of the image pixels to read, um.
+    lr_um
+        Pitch of the low-resolution raster, um.
+    known
+        (g,) bool: whether the spots measured each gene; all of them if None.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Field:
         names: list[str],
         image_um: float,
         lr_um: float = LR_UM,
+        known: np.ndarray | None = None,
     ):
         self.grid = grid
         self.image = image
@@ -63,6 +68,7 @@ class Field:
         self.genes = torch.as_tensor(genes, dtype=torch.float32)
         self.names = tuple(names)
         self.measured = lr is not None and mask is not None
+        self.known = None if known is None or known.all() else torch.as_tensor(known)[None]  # (1, g)
         shape = grid.height // self.per_lr, grid.width // self.per_lr
         self.lr = np.zeros((len(genes), *shape), np.float32) if lr is None else lr
         self.mask = np.zeros((1, *shape), np.float32) if mask is None else mask
@@ -90,4 +96,5 @@ class Field:
             lr_mean=torch.as_tensor(self.lr_mean)[None],
             genes=self.genes,
             names=self.names,
+            measured=self.known,
         )

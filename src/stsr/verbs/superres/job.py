@@ -96,6 +96,12 @@ class SuperresJob:
         assert measured is not None  # called only with a measurement
         return measured.select(genes)[spots]
 
+    def measured(self, genes: Sequence[str]) -> np.ndarray:
+        """Whether the section's spots measured each gene: (g,) bool."""
+        measured = self.section.spots
+        assert measured is not None  # called only with a measurement
+        return np.isin(np.array(genes, str), np.array(measured.genes, str))
+
 
 def check_included(including: Sequence[str], genes: list[str]) -> None:
     """Refuse genes that the map will not have.

@@ -40,11 +40,12 @@ class Predictor:
 
     def _field(self, genes: list[str], mixed: np.ndarray) -> Field:
         job, needs = self.job, self.job.requirements
-        lr = mask = None
+        lr = mask = known = None
         if job.measurement is not None:
             lr, mask = job.measurement.raster(job.counts(genes, job.spots))
+            known = job.measured(genes)
         image = job.section.image if job.section.image is not None else White()
-        return Field(job.grid, image, lr, mask, mixed, genes, needs.image_um, needs.lr_um)
+        return Field(job.grid, image, lr, mask, mixed, genes, needs.image_um, needs.lr_um, known)
 
     def tile(self, field: Field, tile: Tile) -> Iterator[tuple[slice, list[np.ndarray]]]:
         """Predict a tile, some of the field's genes at a time.

@@ -256,10 +256,11 @@ def _read_block(section: Section, genes: Sequence[str], window: Grid) -> list[np
     for start in range(0, len(genes), _GENES_AT_ONCE):
         names = genes[start : start + _GENES_AT_ONCE]
         counts = [add_up(np.asarray(each.read(names, fine)), factor).ravel() for each in maps]
-        at = np.flatnonzero(counts[0])
+        at = np.flatnonzero(counts[0] != 0)  # a third of the time of nonzero on numbers
         values = [each[at].astype(np.float32) for each in counts]
         _check_counts(section.name, *values)
-        parts.append([(at % bins).astype(np.uint16), at // bins + start, *values])
+        gene = (at // bins + start).astype(np.min_scalar_type(len(genes)))
+        parts.append([(at % bins).astype(np.uint16), gene, *values])
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 

@@ -13,7 +13,7 @@ from stsr.geometry.grid import LR_UM, Grid
 from stsr.geometry.lattice import VISIUM_PITCH_UM, VISIUM_SPOT_UM, hexagonal_lattice
 from stsr.geometry.measurement import Measurement
 
-_OFFSETS = 4  # shifts of the hexagonal lattice per axis: 16 in all, 25 x 43 um apart
+_OFFSETS = 4  # shifts of the hexagonal lattice per axis: 16 in all, 25 x 22 um apart
 _SPOTS_AT_ONCE = 4096  # of a section's measurement, for bounded memory
 _WHOLE = 1 - 1e-4  # fraction of a spot's area that must be measured
 
@@ -24,9 +24,9 @@ def _squares(grid: Grid) -> list[np.ndarray]:
 
 
 def _hexagons(grid: Grid) -> list[np.ndarray]:
-    """Lattices whose discs lie in the grid, at even offsets within the lattice's cell of 100 x 173 um."""
+    """Lattices whose discs lie in the grid, at even offsets of up to a pitch in x and a row of spots in y."""
     x0, y0, x1, y1 = grid.bounds_um
-    cell = np.array([1, np.sqrt(3)]) * VISIUM_PITCH_UM
+    cell = np.array([1, np.sqrt(3) / 2]) * VISIUM_PITCH_UM
     radius = VISIUM_SPOT_UM / 2
     lattices = []
     for number in range(_OFFSETS**2):

@@ -284,8 +284,10 @@ class TrainingTiles:
 
     def _assemble(self, tiles: list[Tile]) -> Batch:
         size, genes, side = len(tiles), len(self.panel), self.side
-        hr = torch.zeros(size, genes, side, side)
-        spots = [self._fill(tile, hr[at].numpy()) for at, tile in enumerate(tiles)]
+        hr = np.zeros(
+            (size, genes, side, side), np.float32
+        )  # in large pages: less than half the time of torch.zeros
+        spots = [self._fill(tile, hr[at]) for at, tile in enumerate(tiles)]
         measured = torch.from_numpy(np.stack([tile.section.measured for tile in tiles]))
         return Batch(
             image=torch.from_numpy(np.stack([self._image(tile) for tile in tiles])),
@@ -295,7 +297,7 @@ class TrainingTiles:
             lr_mean=torch.from_numpy(np.stack([self._mean(tile) for tile in tiles])),
             genes=torch.eye(genes),
             names=self.panel,
-            hr=hr,
+            hr=torch.from_numpy(hr),
             measured=None if all(section.measured.all() for section in self._sections) else measured,
         )
 
