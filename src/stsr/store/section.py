@@ -147,6 +147,11 @@ class Section:
         found = self.catalogue.hr_elements
         return self.map(found[0]) if found else None
 
+    @property
+    def _counts_of_hr(self) -> float | None:
+        """Sum of all values of `hr` according to its provenance: a slide's takes long to read."""
+        return self.provenance.get(self.catalogue.hr_elements[0], {}).get("counts")
+
     def map(self, element: str) -> Map:
         """A (gene, y, x) image of the store, such as ``superres_x10``.
 
@@ -290,7 +295,7 @@ class Section:
             "size_um": [round(extent[2] - extent[0], 3), round(extent[3] - extent[1], 3)],
             "image": self._describe_image(),
             "spots": None if self.spots is None else self.spots.describe(),
-            "hr": None if self.hr is None else self.hr.describe(),
+            "hr": None if self.hr is None else self.hr.describe(self._counts_of_hr),
             "cells": None if self.cells is None else self.cells.describe(),
             "image_overlap": self.image_overlap,
             "elements": self.elements,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-
 from stsr.errors import StsrError
 from stsr.files import find, need
 from stsr.histology import files as he
