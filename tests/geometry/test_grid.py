@@ -57,4 +57,4 @@ def test_adding_up_keeps_the_total():
     assert add_up(values, 2).sum() == values.sum()
     assert bins_per_lr(10) == 10
     with pytest.raises(ValueError, match="nest"):
-        bins_per_lr(30)
+        bins_per_lr(40)

@@ -95,9 +95,8 @@ class Measurement:
         points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
         count = min(_NEIGHBOURS, self.spots)
         reach = _SHARE_REACH * self.pitch_um
-        side_by_side = self.bins_seen.max() * self.grid.bin_um**2 > 0.95 * self.pitch_um**2
         # Adjacent squares leave no bins between them: bins without a spot are unmeasured.
-        unseen = np.zeros(0, int) if side_by_side else np.flatnonzero(~seen)
+        unseen = np.zeros(0, int) if self._side_by_side else np.flatnonzero(~seen)
         distance, spot = cKDTree(self.centres_um).query(points[unseen], k=count, distance_upper_bound=reach)
         distance, spot = distance.reshape(-1, count), spot.reshape(-1, count)
         near = np.isfinite(distance)
@@ -108,6 +107,11 @@ class Measurement:
         keep = near[some]
         shape = (int(some.sum()), self.spots)
         return unseen[some], sp.csr_matrix((weight[keep], (rows[keep], spot[some][keep])), shape)
+
+    @property
+    def _side_by_side(self) -> bool:
+        """Whether spots leave no bins between them."""
+        return bool(self.bins_seen.max(initial=0.0) * self.grid.bin_um**2 > 0.95 * self.pitch_um**2)
 
     def of_spots(self, spots: np.ndarray) -> Measurement:
         """The measurement by some of the spots, by index."""
@@ -127,12 +131,15 @@ class Measurement:
         """Rasterise spots to the low-resolution pixels that networks read.
 
         Every bin takes the density of its nearest spot, and low-resolution pixels average over their bins. For square
-        spots these are the counts themselves; for discs the counts that a whole pixel would have had.
+        spots these are the counts themselves; for discs the counts that a whole pixel would have had. Squares side by
+        side that are much smaller than a pixel, such as bins of 16 um, are added up by their area in it.
 
         Parameters
         ----------
         counts
             Spot counts (spots, g), dense or sparse.
+        lr_um
+            Side of a low-resolution pixel, um.
 
         Returns
         -------
@@ -150,18 +157,18 @@ class Measurement:
         coarse = self.grid.at(lr_um)
         per_lr = self.grid.height // coarse.height
         rows, columns = np.indices(self.grid.shape)
-        pixel = (rows // per_lr) * coarse.width + columns // per_lr
-        spot = self.nearest.ravel()
-        spoken = spot >= 0
+        pixel = ((rows // per_lr) * coarse.width + columns // per_lr).ravel()
+        pixels = coarse.height * coarse.width
         # Spots that extend beyond the grid measured with their whole area.
         area = np.maximum(self.bins_seen, self.bins_seen.max(initial=1.0))
-        share = sp.coo_matrix(
-            (1.0 / area[spot[spoken]], (pixel.ravel()[spoken], spot[spoken])),
-            shape=(coarse.height * coarse.width, self.spots),
-        ).tocsr()
-        covered = (
-            np.bincount(pixel.ravel(), weights=spoken, minlength=coarse.height * coarse.width) / per_lr**2
-        )
+        if self._side_by_side and 2 * self.pitch_um < lr_um:
+            seen: sp.coo_matrix = self.matrix.tocoo()
+            spot, bins, part = seen.row, seen.col, seen.data
+        else:
+            bins = np.flatnonzero(self.nearest.ravel() >= 0)
+            spot, part = self.nearest.ravel()[bins], np.ones(len(bins))
+        share = sp.coo_matrix((part / area[spot], (pixel[bins], spot)), (pixels, self.spots)).tocsr()
+        covered = np.bincount(pixel[bins], weights=part, minlength=pixels) / per_lr**2
         scale = np.divide(1.0, covered, out=np.zeros_like(covered), where=covered > 0)
         return sp.diags(scale) @ share, covered.reshape(coarse.shape)
 

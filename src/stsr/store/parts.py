@@ -149,15 +149,15 @@ class Map:
         blocks = (self._array[start : start + step] for start in range(0, len(self.genes), step))
         return float(sum(block.sum(dtype=np.float64) for block in blocks))
 
-    def describe(self) -> dict[str, Any]:
-        """Summarise as plain JSON types."""
+    def describe(self, counts: float | None = None) -> dict[str, Any]:
+        """Summarise as plain JSON types; ``counts`` is the sum of all values, if it is known."""
         return {
             "bin_um": self.grid.bin_um,
             "height": self.grid.height,
             "width": self.grid.width,
             "genes": len(self.genes),
             "gene_names": list(self.genes),
-            "counts": self.total(),
+            "counts": self.total() if counts is None else float(counts),
         }
 
     def _index(self, genes: Sequence[str] | None) -> np.ndarray:

@@ -80,13 +80,16 @@ def create(
     StsrError
         If ``path`` is something else, or cannot be written to, or the disk is full.
     """
+    import zarr
+
     store = Path(path).resolve()
     _check_target(store, path, overwrite)
     with disk_errors(store), Workspace(store, "new") as work:
         if (work.path / "replaced.zarr").exists() and not store.exists():
             os.rename(work.path / "replaced.zarr", store)  # a killed run without an atomic exchange
         work.wipe()
-        with catalogue.quiet(), own_threads():
+        # To look for empty chunks takes zarr longer than to compress them.
+        with catalogue.quiet(), own_threads(), zarr.config.set({"array.write_empty_chunks": True}):
             sdata.write(work.new, update_sdata_path=False)
         consolidate(work.new)  # spatialdata does not, if ``update_sdata_path`` is false
         record = {name: {"origin": names.MEASURED, **entry} for name, entry in provenance.items()}

@@ -158,6 +158,11 @@ class Section:
         """The organ, if the store names it."""
         return self.catalogue.attributes.get(names.ORGAN_KEY)
 
+    @property
+    def _counts_of_hr(self) -> float | None:
+        """Sum of all values of `hr` according to its provenance: a slide's takes long to read."""
+        return self.provenance.get(self.catalogue.hr_elements[0], {}).get("counts")
+
     def map(self, element: str) -> Map:
         """A (gene, y, x) image of the store, such as ``superres_x10``.
 
@@ -301,7 +306,7 @@ class Section:
             "size_um": [round(extent[2] - extent[0], 3), round(extent[3] - extent[1], 3)],
             "image": self._describe_image(),
             "spots": None if self.spots is None else self.spots.describe(),
-            "hr": None if self.hr is None else self.hr.describe(),
+            "hr": None if self.hr is None else self.hr.describe(self._counts_of_hr),
             "cells": None if self.cells is None else self.cells.describe(),
             "image_overlap": self.image_overlap,
             "elements": self.elements,

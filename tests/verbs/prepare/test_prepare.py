@@ -220,7 +220,7 @@ def test_the_command_line_is_kept_with_every_option(folder, tmp_path):
         *("--genes", "LUM,GATA3", "--no-refine", "--overwrite"),
     ]
     plain = PrepareJob(path=folder, output=Path("run.zarr"))
-    assert plain.command == "stsr prepare run --spots square --bin-um 10 --min-qv 20"
+    assert plain.command == "stsr prepare run --bin-um 10 --min-qv 20"
 
 
 def test_the_image_is_resampled_once_per_alignment(folder, tmp_path, monkeypatch):

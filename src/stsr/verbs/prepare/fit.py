@@ -9,10 +9,12 @@ from stsr.errors import StsrError
 from stsr.geometry.grid import Grid, add_up
 from stsr.histology.image import Image
 from stsr.histology.tissue import darkness
+from stsr.verbs.prepare import registration
 
 _LEAST_OVERLAP = 0.5  # share of the counts
 _CHECK_UM = 50.0
 _POOR_FIT = 0.15  # correlation of staining and counts; correct alignments reach 0.5 and more
+_POOR_DETAIL = 0.08  # the same for fine structure; correct alignments reach 0.2
 _CLEARLY_BETTER = 0.2  # in correlation
 
 
@@ -63,6 +65,7 @@ def fit(image: Image, counts: np.ndarray, grid: Grid, sparse: bool = False) -> t
     correlation, warnings
         Pearson correlation over the bins that the image covers; warnings, if any.
     """
+    given = image, counts, grid
     grid, counts = _coarser(grid, counts)
     where = counts > 0 if sparse else np.ones(grid.shape, bool)
     image = image.overview(_CHECK_UM / 4)
@@ -77,9 +80,23 @@ def fit(image: Image, counts: np.ndarray, grid: Grid, sparse: bool = False) -> t
             f"the H&E seems {best}: staining would then correlate better with counts ({others[best]:.2f} instead of "
             f"{own:.2f}); check the alignment file"
         ]
-    if own < _POOR_FIT and not sparse:
-        return own, [f"staining and counts hardly correlate ({own:.2f}); inspect the section before using it"]
-    return own, []
+    return own, [] if own >= _POOR_FIT or sparse else _check_detail(*given, own)
+
+
+def _check_detail(image: Image, counts: np.ndarray, grid: Grid, correlation: float) -> list[str]:
+    """Warnings where staining and counts do not correlate at 50 um: by their fine structure.
+
+    Tissue that fills the slide differs little in its mean density, whatever the alignment.
+    """
+    fine = registration.agreement(image, counts, grid)
+    if fine >= _POOR_DETAIL:
+        return []
+    for name, turn in _turns(image).items():
+        if registration.agreement(image.moved(image.px_to_um @ turn), counts, grid) > fine + _POOR_DETAIL:
+            return [
+                f"the H&E seems {name}: nuclei would then lie on the counts; check the image and its alignment"
+            ]
+    return [f"staining and counts hardly correlate ({correlation:.2f}); inspect the section before using it"]
 
 
 def _coarser(grid: Grid, counts: np.ndarray) -> tuple[Grid, np.ndarray]:

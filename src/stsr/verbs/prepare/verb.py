@@ -150,12 +150,10 @@ class _Measured:
 
 def _measure(source: Source, job: PrepareJob, progress: Progress) -> _Measured:
     if source.bins is not None:
-        spots = job.spots or "visium"
-        counted = count_bins(source.bins, source.genes, job.bin_um, spots, job.seed, progress)
-        counts = counted.counter.per_place.reshape(counted.grid.shape)
-        return _Measured(
-            counted.grid, counts, counted.mask, "bins in tissue with counts", counted.spots, counted
-        )
+        kind = job.spots or "visium"
+        counted = count_bins(source.bins, source.genes, job.bin_um, kind, job.seed, progress)
+        where = "bins in tissue with counts"
+        return _Measured(counted.grid, counted.density, counted.mask, where, counted.spots, counted)
     job.check_nests()
     if job.spots == MEASURED_BINS:
         raise UsageError("--spots bins is for Visium HD; choose --spots square or visium")

@@ -227,7 +227,7 @@ def _provenance(job: SuperresJob, *, scale: float, outside: int) -> dict[str, An
         "model": job.loaded.model,
         "checkpoint": job.loaded.digest,
         "scale": scale,
-        "bin_um": LR_UM / scale,
+        "bin_um": job.grid.bin_um * job.factor,
         "units": "expected counts per bin",
         "spots_used": job.measurement is not None,
         "consistency": job.correction is not None,
@@ -253,12 +253,12 @@ def new_support(job: SuperresJob) -> tuple[dict[str, Any], dict[str, dict[str, A
 
 def _factor(scale: float, needs: Requirements) -> int:
     """The method's bins per output bin, along a side."""
-    finest = needs.per_lr
-    # The bounds first: NaN cannot be rounded.
-    if not 1 <= scale <= finest or abs(scale - round(scale)) > 1e-9 or finest % round(scale):
-        served = ", ".join(str(s) for s in range(finest, 0, -1) if finest % s == 0)
-        raise UsageError(f"this model cannot predict --scale {scale:g}; choose one of {served}")
-    return finest // round(scale)
+    factors = [factor for factor in range(1, needs.per_lr + 1) if needs.per_lr % factor == 0]
+    for factor in factors:  # names have six digits
+        if np.isclose(scale, LR_UM / (needs.bin_um * factor), rtol=1e-5, atol=0):
+            return factor
+    served = ", ".join(f"{LR_UM / (needs.bin_um * factor):g}" for factor in factors)
+    raise UsageError(f"this model cannot predict --scale {scale:g}; choose one of {served}")
 
 
 def _mixtures(genes: list[str], method: Method, spots: Spots | None) -> np.ndarray:

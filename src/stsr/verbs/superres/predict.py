@@ -42,7 +42,7 @@ class Predictor:
         job, needs = self.job, self.job.requirements
         lr = mask = known = None
         if job.measurement is not None:
-            lr, mask = job.measurement.raster(job.counts(genes, job.spots))
+            lr, mask = job.measurement.raster(job.counts(genes, job.spots), needs.lr_um)
             known = job.measured(genes)
         image = job.section.image if job.section.image is not None else White()
         return Field(job.grid, image, lr, mask, mixed, genes, needs.image_um, needs.lr_um, known)
