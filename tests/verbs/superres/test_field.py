@@ -28,7 +28,9 @@ def section(request, tmp_path_factory):
 @pytest.mark.parametrize("image_um", [10.0, 5.0])
 def test_training_and_prediction_build_equal_batches(section, image_um):
     needs = Requirements((), image_um=image_um)
-    config = TrainConfig(train_tile_lr=3, spots=("square",), phases=1, tissue=0, stain=0, flips=False)
+    config = TrainConfig(
+        train_tile_lr=3, spots=("square",), phases=1, tissue=0, stain=0, flips=False, coarse=0
+    )
     tiles = TrainingTiles([section], needs, config, val=0)
     grid, panel = section.grid(needs.bin_um), list(tiles.panel)
     lr, mask = section.spots.measurement(grid).raster(section.spots.select(panel))
