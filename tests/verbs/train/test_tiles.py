@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import zarr
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid, add_up
 from stsr.methods.batch import Requirements
 from stsr.methods.method import configured
+from stsr.store import elements, names, publishing
+from stsr.store.section import open_section
 from stsr.verbs.train.augmentation import stained, turned
 from stsr.verbs.train.config import TrainConfig
 from stsr.verbs.train.heldout import (
@@ -438,3 +441,30 @@ def test_fractions_are_no_counts():
     section.hr.counts = section.hr.counts * 0.3
     with pytest.raises(StsrError, match="raw counts"):
         tiles_of([section], NEEDS)
+
+
+def test_organs_weigh_the_same():
+    sections = [
+        FakeSection("a", organ="breast"),
+        FakeSection("b", seed=1, organ="breast"),
+        FakeSection("c", seed=2),
+    ]
+    tiles = tiles_of(sections, NEEDS)
+    np.testing.assert_allclose(tiles.sampler.weights, [0.25, 0.25, 0.5])
+
+
+def test_fractions_of_a_store_train_with_their_second_half(xenium_section, tmp_path):
+    sdata = open_section(xenium_section).sdata
+    whole = sdata["hr_10um"].compute().astype(np.float32)
+    parts = {name: sdata[name] for name in ("he", "tissue")}
+    for name, part in (("hr_10um_unseen", 0.25), ("hr_10um", 0.5)):
+        parts[name] = (whole * np.float32(part)).assign_attrs(whole.attrs).chunk()
+    store = publishing.create(tmp_path / "half.zarr", elements.store_of(parts), {})
+    zarr.open_group(store, mode="r+").attrs[names.ORGAN_KEY] = "breast"
+    section = open_section(store)
+    assert section.organ == "breast" and section.hr.genes == section.unseen.genes
+    batch = tiles_of([section], NEEDS, spots=["square"], val=0).batch(2, generator())
+    assert torch.equal(batch.lr, add_up(batch.hr, 10)) and batch.lr.sum() > 0  # both halves are equal here
+    counts = section.hr.read().sum()
+    assert 0 < batch.hr.sum() < counts / 2
+    assert open_section(xenium_section).organ is None and open_section(xenium_section).unseen is None
