@@ -259,6 +259,16 @@ def test_what_is_excluded_changes_nothing():
         assert torch.equal(getattr(first, name), getattr(second, name))
 
 
+def test_validation_beside_an_excluded_area_has_no_spots_from_it():
+    """Discs reach beyond the tile, but not into what is excluded."""
+    regions = {"one": {"exclude": [[1000, -500, 1600, 100]], "validation": [[1600, -500, 2400, 100]]}}
+    section = FakeSection()
+    section.hr.counts[:, :60, :60] = 200
+    tiles = tiles_of([section], NEEDS, regions=regions, spots=["visium"])
+    highest = max(float(batch.lr.max()) for batch in tiles.validation_batches())
+    assert 0 < highest < 3 * section.hr.counts[:, 60:, 60:].mean((1, 2)).max() * 50
+
+
 def test_automatic_validation_is_apart_and_the_same_each_time():
     section = FakeSection(lr=(30, 12))
     tiles = tiles_of([section], NEEDS, flips=False, val=0.2, stain=0)
