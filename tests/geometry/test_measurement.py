@@ -175,3 +175,14 @@ def test_spots_that_see_nothing_are_left_out():
     measurement, spots = Measurement.discs(GRID, centres, 55).of_seeing_spots()
     assert spots.tolist() == [0, 2] and measurement.spots == 2
     np.testing.assert_array_equal(measurement.centres_um, centres[[0, 2]])
+
+
+@pytest.mark.parametrize("make", [Measurement.discs, Measurement.squares])
+def test_many_spots_are_computed_a_few_at_a_time(make, monkeypatch):
+    grid = Grid(0, 0, 10, 60, 60)
+    centres = np.random.default_rng(0).uniform(-20, 620, (50, 2))
+    whole = make(grid, centres).matrix
+    monkeypatch.setattr("stsr.geometry.measurement._SPOTS", 7)
+    parts = make(grid, centres).matrix
+    assert parts.shape == (50, 3600) and (parts != whole).nnz == 0
+    assert make(grid, np.zeros((0, 2))).matrix.shape == (0, 3600)

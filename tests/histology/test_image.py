@@ -155,7 +155,7 @@ def test_flat_affine_is_refused():
 
 @pytest.mark.parametrize("angle", [0.0, np.pi / 2, 0.02])
 @pytest.mark.parametrize(
-    ("um_per_px", "bin_um"), [(0.5, 0.5), (2.0, 0.5), (2.0, 2.0), (2.0, 4.0), (1.7, 10.0)]
+    ("um_per_px", "bin_um"), [(0.5, 0.5), (2.0, 0.5), (2.0, 2.0), (0.5, 4.0), (1.7, 10.0)]
 )
 def test_a_window_is_a_crop_of_the_whole(angle, um_per_px, bin_um):
     pixels = np.random.default_rng(2).integers(0, 256, (3, 450, 400), dtype=np.uint8)

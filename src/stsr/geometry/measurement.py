@@ -20,6 +20,7 @@ IN_TISSUE = 0.25
 _SHARE_REACH = 1.2  # spot pitches; farther from a spot its correction has no effect
 _REACH = 0.75  # spot pitches; bins farther from every spot are unmeasured. More than half a square's diagonal
 _POINTS = 2**20  # bins whose nearest spots are searched at once, for bounded memory
+_SPOTS = 2**12  # spots whose bins are computed at once, likewise
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,17 @@ def _coverage(
 ) -> sp.csr_matrix:
     """A (spots, bins) from a function that gives the covered share of a bin at an offset from a spot's centre."""
     centres = np.asarray(centres_um, dtype=float).reshape(-1, 2)
+    parts = [
+        _coverage_of_some(grid, centres[start : start + _SPOTS], fraction, size_um)
+        for start in range(0, max(len(centres), 1), _SPOTS)
+    ]
+    return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
+
+
+def _coverage_of_some(
+    grid: Grid, centres: np.ndarray, fraction: Callable[..., np.ndarray], size_um: float
+) -> sp.csr_matrix:
+    """`_coverage` by a few spots."""
     reach = int(np.ceil(size_um / 2 / grid.bin_um)) + 1
     around = np.arange(-reach, reach + 1)
     column0 = np.floor((centres[:, 0] - grid.x0_um) / grid.bin_um).astype(int)

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+import zarr
 
 from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid, add_up
 from stsr.histology.image import Image
 from stsr.methods.batch import Requirements
 from stsr.methods.method import configured
+from stsr.store import elements, names, publishing
+from stsr.store.section import open_section
 from stsr.verbs.train.augmentation import stained, turned
 from stsr.verbs.train.config import TrainConfig
 from stsr.verbs.train.heldout import (
@@ -273,6 +276,16 @@ def test_what_is_excluded_changes_nothing():
         assert torch.equal(getattr(first, name), getattr(second, name))
 
 
+def test_validation_beside_an_excluded_area_has_no_spots_from_it():
+    """Discs reach beyond the tile, but not into what is excluded."""
+    regions = {"one": {"exclude": [[1000, -500, 1600, 100]], "validation": [[1600, -500, 2400, 100]]}}
+    section = FakeSection()
+    section.hr.counts[:, :60, :60] = 200
+    tiles = tiles_of([section], NEEDS, regions=regions, spots=["visium"])
+    highest = max(float(batch.lr.max()) for batch in tiles.validation_batches())
+    assert 0 < highest < 3 * section.hr.counts[:, 60:, 60:].mean((1, 2)).max() * 50
+
+
 def test_automatic_validation_is_apart_and_the_same_each_time():
     section = FakeSection(lr=(30, 12))
     tiles = tiles_of([section], NEEDS, flips=False, val=0.2, stain=0)
@@ -455,3 +468,30 @@ def test_fractions_are_no_counts():
     section.hr.counts = section.hr.counts * 0.3
     with pytest.raises(StsrError, match="raw counts"):
         tiles_of([section], NEEDS)
+
+
+def test_organs_weigh_the_same():
+    sections = [
+        FakeSection("a", organ="breast"),
+        FakeSection("b", seed=1, organ="breast"),
+        FakeSection("c", seed=2),
+    ]
+    tiles = tiles_of(sections, NEEDS)
+    np.testing.assert_allclose(tiles.sampler.weights, [0.25, 0.25, 0.5])
+
+
+def test_fractions_of_a_store_train_with_their_second_half(xenium_section, tmp_path):
+    sdata = open_section(xenium_section).sdata
+    whole = sdata["hr_10um"].compute().astype(np.float32)
+    parts = {name: sdata[name] for name in ("he", "tissue")}
+    for name, part in (("hr_10um_unseen", 0.25), ("hr_10um", 0.5)):
+        parts[name] = (whole * np.float32(part)).assign_attrs(whole.attrs).chunk()
+    store = publishing.create(tmp_path / "half.zarr", elements.store_of(parts), {})
+    zarr.open_group(store, mode="r+").attrs[names.ORGAN_KEY] = "breast"
+    section = open_section(store)
+    assert section.organ == "breast" and section.hr.genes == section.unseen.genes
+    batch = tiles_of([section], NEEDS, spots=["square"], val=0).batch(2, generator())
+    assert torch.equal(batch.lr, add_up(batch.hr, 10)) and batch.lr.sum() > 0  # both halves are equal here
+    counts = section.hr.read().sum()
+    assert 0 < batch.hr.sum() < counts / 2
+    assert open_section(xenium_section).organ is None and open_section(xenium_section).unseen is None

@@ -51,7 +51,8 @@ class TrainConfig:
     spots
         Kinds of simulated spots, one drawn per tile: ``"square"``, ``"visium"``.
     phases
-        Shifts of the tiles per axis within a low-resolution pixel.
+        Shifts of the tiles per axis within a low-resolution pixel. 5 are 20 um apart, finer than a spot; the list of
+        positions grows with their square.
     depths
         Fractions to which transcripts are thinned before they are halved, one drawn per tile. Sections with fractional
         counts are not thinned.

@@ -14,7 +14,6 @@ from stsr.geometry.lattice import VISIUM_PITCH_UM, VISIUM_SPOT_UM, hexagonal_lat
 from stsr.geometry.measurement import Measurement
 
 _OFFSETS = 4  # shifts of the hexagonal lattice per axis: 16 in all, 25 x 22 um apart
-_SPOTS_AT_ONCE = 4096  # of a section's measurement, for bounded memory
 _WHOLE = 1 - 1e-4  # fraction of a spot's area that must be measured
 
 
@@ -122,14 +121,7 @@ def mean_weights(kind: str, grid: Grid, tissue: np.ndarray, usable: np.ndarray, 
     do not enter.
     """
     centres, measure = _LATTICES[kind]
-    lattice = centres(grid)[0]
-    parts = [
-        measure(grid, lattice[start : start + _SPOTS_AT_ONCE]).matrix
-        for start in range(0, len(lattice), _SPOTS_AT_ONCE)
-    ]
-    if not parts:
-        return np.zeros(grid.shape)
-    whole = Measurement(grid, sp.vstack(parts, format="csr"), lattice)
+    whole = measure(grid, centres(grid)[0])
     measurement = whole.of_spots(spots_in(whole, tissue, usable))
     nearest = measurement.nearest[usable]
     seen = np.bincount(nearest[nearest >= 0], minlength=measurement.spots)  # bins to which a spot is nearest

@@ -328,9 +328,12 @@ class TrainingTiles:
         area = (tile.row - margin, tile.column - margin, self.side + 2 * margin, self.side + 2 * margin)
         window = section.counts.cut(*area)
         seen, truth = window.halves(np.random.default_rng(tile.seed), tile.depth)
-        places = np.repeat(turned_places(self.side, tile.turn, margin), np.diff(window.first))
-        inside = np.flatnonzero((places >= 0) & (truth > 0))
-        hr.reshape(-1)[window.gene[inside].astype(np.int64) * self.side**2 + places[inside]] = truth[inside]
+        number = np.int32 if hr.size < 2**31 else np.int64
+        places = np.repeat(turned_places(self.side, tile.turn, margin).astype(number), np.diff(window.first))
+        at = window.gene * number(self.side**2)
+        at += places
+        inside = places >= 0
+        hr.reshape(-1)[at[inside]] = truth[inside]
         lattice = self._lattices[tile.kind][tile.lattice]
         masks = cut(section.tissue, *area), cut(section.usable, *area)
         lr, mask = lattice.simulate(window.matrix(seen, len(self.panel)), *masks)
