@@ -129,6 +129,7 @@ def _write_slices(
         "nrows": on.shape[0],
         "ncols": on.shape[1],
         "spot_pitch": float(BIN_UM),
+        "hd_layout_json": json.dumps({"file_format": "1.0"}),
         "transform_matrices": {"spot_colrow_to_microscope_colrow": (um_to_px @ centre).tolist()},
     }
     with h5py.File(file, "w") as h5:
