@@ -66,6 +66,14 @@ def visium_folder(tissue: Tissue, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
+def hd_folder(tissue: Tissue, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tissue as a Visium HD folder, its H&E mirrored and turned. Do not write into it."""
+    from stsr.simulate import write_visium_hd
+
+    return write_visium_hd(tissue, tmp_path_factory.mktemp("simulated") / "hd", mirror=True, turn_deg=80)
+
+
+@pytest.fixture(scope="session")
 def xenium_section(xenium_folder: Path) -> Path:
     """The store prepared from `xenium_folder`. Take a `fresh_copy` to write into it."""
     from stsr.verbs.prepare.verb import prepare

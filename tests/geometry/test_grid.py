@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from stsr.geometry.grid import Grid, add_up, bins_per_lr
+from stsr.geometry.grid import Grid, add_up, bins_per_lr, raster_um
 
 
 def test_points_fall_into_the_bin_whose_edges_hold_them():
@@ -58,3 +58,21 @@ def test_adding_up_keeps_the_total():
     assert bins_per_lr(10) == 10
     with pytest.raises(ValueError, match="nest"):
         bins_per_lr(40)
+
+
+@pytest.mark.parametrize(
+    ("bin_um", "lr_um"),
+    [(10, 100), (25, 100), (100, 100), (8, 96), (16, 96), (24, 96), (96, 96), (12, 96), (7, 98)],
+)
+def test_the_raster_is_near_100_um(bin_um, lr_um):
+    assert raster_um(bin_um) == lr_um
+    assert bins_per_lr(bin_um) * bin_um == lr_um
+    grid = Grid.covering((0, 0, 950, 200), bin_um)
+    assert grid.bounds_um[2] == np.ceil(950 / lr_um) * lr_um
+    assert grid.crop_um(lr_um + 1, 0, 2 * lr_um - 1, 5).bounds_um == (lr_um, 0, 2 * lr_um, lr_um)
+
+
+@pytest.mark.parametrize("bin_um", [40, 70, 200])
+def test_bins_without_a_raster_are_refused(bin_um):
+    with pytest.raises(ValueError, match="nest"):
+        raster_um(bin_um)

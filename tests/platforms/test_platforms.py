@@ -275,12 +275,6 @@ def test_visium_with_another_image_is_refused(tissue, tmp_path):
         platforms.read(folder, Options(he=tmp_path / "small.png"))
 
 
-def test_visium_hd_is_refused_in_a_sentence(tmp_path):
-    (tmp_path / "binned_outputs" / "square_008um").mkdir(parents=True)
-    with pytest.raises(StsrError, match="Visium HD"):
-        platforms.read(tmp_path)
-
-
 def legacy(folder, image_px=(400, 500)):
     """ST tables with spots every 40 px, so 5 um per px."""
     from PIL import Image

@@ -9,6 +9,7 @@ import typer
 from stsr.cli import options
 from stsr.cli.command import command
 from stsr.cli.console import Console
+from stsr.store.names import hr_name
 
 
 @command
@@ -47,6 +48,7 @@ def describe(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"bins      {hr['width']} x {hr['height']} of {hr['bin_um']:g} um, "
             f"{hr['genes']:,} genes, {hr['counts']:,.0f} counts"
+            f"{_divided(found['provenance'].get(hr_name(hr['bin_um']), {}))}"
         )
     if found["cells"]:
         genes = found["cells"]["genes"]
@@ -79,6 +81,16 @@ def _registration(made: dict[str, Any]) -> list[str]:
         f"aligned   H&E moved by {made['refined_by_um']:.3g} um to register nuclei to transcripts "
         f"(correlation {before:.2f} before, {after:.2f} after; --no-refine keeps the given alignment)"
     ]
+
+
+def _divided(made: dict[str, Any]) -> str:
+    """How counts of larger or shifted bins came into these."""
+    if "divided_by_area_from_um" not in made:
+        return ""
+    return (
+        f", divided by area from bins of {made['divided_by_area_from_um']:g} um (total of each gene kept to "
+        f"{made['totals_per_gene_kept_to']:g})"
+    )
 
 
 def _spots(spots: dict[str, Any] | None) -> str:

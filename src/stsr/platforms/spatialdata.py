@@ -12,6 +12,7 @@ from stsr.errors import StsrError
 from stsr.histology import files as he
 from stsr.histology.image import Image
 from stsr.platforms.source import Cells, Chunk, Options, Source, Spots, Transcripts, choose_genes, control
+from stsr.platforms.visium_hd import tables
 from stsr.store import catalogue, discovery, names
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def read(path: Path, options: Options) -> Source:
     Parameters
     ----------
     path
-        A store by ``spatialdata_io.xenium``, ``spatialdata_io.visium``, stsr or others.
+        A store by ``spatialdata_io.xenium``, ``spatialdata_io.visium``, ``spatialdata_io.visium_hd``, stsr or others.
     options
         ``um_per_px`` is the um per unit of the store's coordinate system, if it cannot be inferred; H&E and its
         alignment (pixels to um) for a store without an image; least quality and genes.
@@ -45,7 +46,8 @@ def read(path: Path, options: Options) -> Source:
     Returns
     -------
     Source
-        Transcripts from points named ``transcripts``, otherwise from counts per bin; spots and cells from shapes.
+        Bins from tables of Visium HD; else transcripts from points named ``transcripts``, otherwise from counts per
+        bin; spots and cells from shapes.
 
     Raises
     ------
@@ -56,6 +58,9 @@ def read(path: Path, options: Options) -> Source:
 
     section = open_section(path, um_per_unit=options.um_per_px)
     warnings: list[str] = []
+    found = discovery.find_hd_table(section.sdata)
+    if found is not None:
+        return tables.read(section, *found, options)
     spots = _spots(section, options)
     transcripts, genes = _transcripts(section, options)
     if transcripts is None and spots is not None:
@@ -218,8 +223,19 @@ def _moved(frame: pd.DataFrame, to_um: np.ndarray) -> np.ndarray:
 
 
 def _from_bins(section: Section, maps: Map, options: Options) -> tuple[Transcripts, list[str]]:
-    """Counts per bin as transcripts at the bins' centres: exact for these bins and for coarser ones."""
+    """Counts per bin as transcripts at the bins' centres: exact for these bins and for coarser ones.
+
+    Raises
+    ------
+    StsrError
+        If they are fractions: counts of Visium HD bins that were divided by area.
+    """
     genes = choose_genes(maps.genes, options.genes, f"the map of {section.path.name}")
+    if maps.fractional:
+        raise StsrError(
+            f"the counts per bin of {section.path.name} are fractions, from bins of another size; prepare the "
+            f"original folder again, with the --bin-um you want"
+        )
     x, y = maps.grid.centres_um()
 
     def chunks() -> Iterator[Chunk]:

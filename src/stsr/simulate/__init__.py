@@ -3,6 +3,7 @@
 from stsr.simulate.histology import image_frame, render_he
 from stsr.simulate.tissue import Tissue, Transcripts, simulate_tissue
 from stsr.simulate.visium import write_visium
+from stsr.simulate.visium_hd import write_visium_hd
 from stsr.simulate.xenium import write_xenium
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "render_he",
     "simulate_tissue",
     "write_visium",
+    "write_visium_hd",
     "write_xenium",
 ]

@@ -123,15 +123,20 @@ def write_matrix_h5(
         ):
             matrix.create_dataset(name, data=values.astype(dtype), compression="gzip", compression_opts=1)
         matrix["shape"] = np.array(rows.shape[::-1], np.int32)
-        table = matrix.create_group("features")
-        table["_all_tag_keys"] = np.array([b"genome"])
-        table["feature_type"] = np.array([feature_class(name)[0] for name in features], "S")
-        table["genome"] = np.array(
-            ["GRCh38" if feature_class(name)[0] == "Gene Expression" else "" for name in features], "S6"
-        )
-        ids = [f"GENE_{name}" if feature_class(name)[0] == "Gene Expression" else name for name in features]
-        table["id"] = np.array(ids, "S")
-        table["name"] = np.array(features, "S")
+        write_features(matrix, features)
+
+
+def write_features(group: Any, features: Sequence[str]) -> None:
+    """Write the names, ids and classes of features into an open HDF5 group, as its group `features`."""
+    table = group.create_group("features")
+    table["_all_tag_keys"] = np.array([b"genome"])
+    table["feature_type"] = np.array([feature_class(name)[0] for name in features], "S")
+    table["genome"] = np.array(
+        ["GRCh38" if feature_class(name)[0] == "Gene Expression" else "" for name in features], "S6"
+    )
+    ids = [f"GENE_{name}" if feature_class(name)[0] == "Gene Expression" else name for name in features]
+    table["id"] = np.array(ids, "S")
+    table["name"] = np.array(features, "S")
 
 
 def write_rgb_tiff(path: Path, image: np.ndarray, um_per_px: float, ome: bool) -> None:

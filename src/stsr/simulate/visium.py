@@ -74,7 +74,7 @@ def write_visium(
     kept = [b.encode() for b, on in zip(barcodes, on_tissue, strict=True) if on]
     write_matrix_h5(folder / "filtered_feature_bc_matrix.h5", counts, kept, tissue.genes, attributes)
     _write_positions(spatial, version, (barcodes, on_tissue.astype(int), row, column, y_px, x_px))
-    _write_small_images(spatial, image, image_um_per_px)
+    write_small_images(spatial, image, image_um_per_px)
     write_rgb_tiff(folder / "he_fullres.tif", image, image_um_per_px, ome=False)
     return folder
 
@@ -88,12 +88,16 @@ def _write_positions(spatial: Path, version: int, places: tuple) -> None:
         writer.writerows(zip(*places, strict=True))
 
 
-def _write_small_images(spatial: Path, image: np.ndarray, image_um_per_px: float) -> None:
+def write_small_images(
+    spatial: Path, image: np.ndarray, image_um_per_px: float, spot_um: float = SPOT_UM, **more: float
+) -> None:
+    """Write the hires and lowres images, and `scalefactors_json.json` with ``more`` entries."""
     from PIL import Image
 
     scale = {
-        "spot_diameter_fullres": SPOT_UM / image_um_per_px,
+        "spot_diameter_fullres": spot_um / image_um_per_px,
         "fiducial_diameter_fullres": 144 / image_um_per_px,
+        **more,
     }
     for size, limit in (("hires", _HIRES_PX), ("lowres", _LOWRES_PX)):
         factor = min(1.0, limit / max(image.shape[:2]))

@@ -109,6 +109,17 @@ def find_spots(sdata: SpatialData) -> tuple[str, str] | None:
     return max(found, key=lambda pair: _hd_bin_um(pair[0]) or 0.0) if found else None
 
 
+def find_hd_table(sdata: SpatialData) -> tuple[str, float] | None:
+    """Find the table of the finest Visium HD bins, by name as by ``spatialdata_io.visium_hd``, and their size, um."""
+    made = sdata.attrs.get(names.ATTRS_KEY, {})
+    found = [
+        (bin_um, name)
+        for name, table in sdata.tables.items()
+        if (bin_um := _hd_bin_um(name)) and name not in made and all(key in table.obs for key in _LATTICE)
+    ]
+    return min(found)[::-1] if found else None
+
+
 def find_cells(sdata: SpatialData) -> tuple[str, str | None] | None:
     """Find the names of the cells' shapes and of their table, if they have one; None without cells."""
     annotations = dict(_annotations(sdata))

@@ -106,6 +106,11 @@ class Map:
         self.genes = genes
         self._array = array
 
+    @property
+    def fractional(self) -> bool:
+        """Whether values may be other than whole numbers."""
+        return bool(np.dtype(self._array.dtype).kind == "f")
+
     def read(self, genes: Sequence[str] | None = None, window: Grid | None = None) -> np.ndarray:
         """Read some genes in a window.
 

@@ -6,9 +6,14 @@ import h5py
 import numpy as np
 import pytest
 
+from stsr import platforms
 from stsr.geometry.grid import add_up
 from stsr.histology.tissue import darkness
+from stsr.platforms.source import Options
 from stsr.store.section import open_section
+from stsr.verbs.prepare import fit
+from stsr.verbs.prepare.bins import count_bins
+from stsr.verbs.prepare.registration import refine
 from stsr.verbs.prepare.verb import prepare
 
 pytestmark = pytest.mark.real
@@ -146,3 +151,83 @@ def test_anndata_keeps_all_counts_and_lies_on_its_image(sections, real_data):
     assert section.image.um_per_px == pytest.approx(10.8, rel=0.01)
     assert section.provenance["he"]["staining_follows_counts"] > 0.4
     assert any("no transcripts" in sentence for sentence in told)
+
+
+# ------------------------------------------------------------------------------------------------- Visium HD
+
+
+KIDNEY_GENES = ["AQP1", "NPHS2", "PODXL", "UMOD"]
+
+
+@pytest.fixture(scope="module")
+def kidney_folder(real_data):
+    folder = real_data / "kidney" / "visium_hd"
+    if not folder.is_dir():
+        pytest.skip(f"no Visium HD section at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kidney(kidney_folder, tmp_path_factory):
+    """The kidney section with some genes, and the warnings."""
+    told = []
+    path = tmp_path_factory.mktemp("kidney") / "k.zarr"
+    return open_section(prepare(kidney_folder, path, genes=KIDNEY_GENES, warn=told.append)), told
+
+
+def test_every_gene_keeps_its_total_when_bins_of_8_um_are_divided(kidney_folder):
+    source = platforms.read(kidney_folder)
+    counted = count_bins(source.bins, source.genes, 10.0, "square")
+    with h5py.File(kidney_folder / "binned_outputs/square_008um/filtered_feature_bc_matrix.h5") as h5:
+        genes = [gene.decode() for gene in h5["matrix/features/name"][:]]
+        totals = np.bincount(h5["matrix/indices"][:], h5["matrix/data"][:], len(genes))
+    assert source.genes == genes and len(genes) == 18_084
+    layer = counted.counter
+    written = [layer.block(number).sum(1, dtype=np.float64) for number in range(layer.blocks)]
+    assert np.array_equal(np.concatenate(written), totals)
+    assert np.array_equal(layer.per_gene, totals) and counted.kept == 41_043_515
+    assert abs(counted.unseen.per_gene.sum() / counted.kept - 0.5) < 1e-3
+
+
+def test_podocytes_lie_on_glomeruli(kidney):
+    """Glomeruli hold more nuclei than tubules: podocyte genes follow blue staining, UMOD of tubules does not."""
+    section, told = kidney
+    assert [line for line in told if "spots hold" not in line] == []  # with four genes only, spots are thin
+    grid = section.hr.grid
+    red, _, blue = smooth_channels(section.image.read(grid))
+    purple = smooth(blue - red, 3)
+    inside = section.tissue.read(grid)
+
+    def agreement(counts, stain):
+        return np.corrcoef(smooth(counts, 3)[inside], stain[inside])[0, 1]
+
+    podocytes = section.hr.read(["NPHS2", "PODXL"]).sum(0)
+    right = agreement(podocytes, purple)
+    moved = [
+        purple[::-1],
+        purple[:, ::-1],
+        purple[::-1, ::-1],
+        np.roll(purple, 15, 0),
+        np.roll(purple, 15, 1),
+    ]
+    assert right > 0.25 and right > max(agreement(podocytes, stain) for stain in moved) + 0.15
+    assert agreement(section.hr.read(["UMOD"])[0], purple) < right / 2
+
+
+def test_the_alignment_of_the_kidney_is_kept_and_found_again(kidney, kidney_folder):
+    section, _ = kidney
+    assert section.provenance["he"]["refined"] is False
+    source = platforms.read(kidney_folder, Options(genes=("UMOD",)))
+    counted = count_bins(source.bins, source.genes, 10.0, "square")
+    for shift in ((20, 0), (-20, 20)):
+        away = np.eye(3)
+        away[:2, 2] = shift
+        found = refine(source.image.moved(away @ source.image.px_to_um), counted.density, counted.grid)
+        back = found.px_to_um @ np.linalg.inv(source.image.px_to_um)
+        corners = np.array([[200, 200, 1], [6500, 200, 1], [200, 3600, 1], [6500, 3600, 1.0]]).T
+        assert found.applied and np.abs((back @ corners - corners)[:2]).max() < 6
+    warnings = fit.fit(source.image, counted.density, counted.grid)[1]
+    mirrored = np.diag([-1.0, 1.0, 1.0])
+    mirrored[0, 2] = source.image.width
+    turned = source.image.moved(source.image.px_to_um @ mirrored)
+    assert warnings == [] and "mirrored left to right" in fit.fit(turned, counted.density, counted.grid)[1][0]

@@ -33,7 +33,7 @@ def read(path: Path, options: Options) -> Source:
     """Read the output of Space Ranger for a Visium HD slide.
 
     The counts of the finest bins available are streamed: those of a ``square_*`` folder, or of 2 um from
-    ``feature_slice.h5``.
+    ``feature_slice.h5``; those of the folder itself if it is one of the ``square_*`` folders.
 
     Parameters
     ----------
@@ -103,20 +103,20 @@ class _Folder:
 
 
 def _folder(path: Path) -> _Folder:
+    """What there is at a path. Of a run, the images around; of one ``square_*`` folder, no other counts."""
     path = path.resolve()
     binned = [path, path / _BINNED, path / "outs" / _BINNED]
     squares = {size: square for place in binned for size, square in _squares(place).items()}
-    if not squares and (size := _own_bin_um(path)):
-        squares = {size: path}
+    one = None if squares else _own_bin_um(path)
     tops = [path, path / "outs"]
-    if squares and path in squares.values():
-        tops.append(path.parent)
+    if one is not None:
+        squares, tops = {one: path}, [path, path.parent]
     if tops[-1].name == _BINNED or path.name == _BINNED:
-        tops.append(tops[-1].parent if tops[-1].name == _BINNED else path.parent)
-    if tops[-1].name == "outs" and tops[-1] != path / "outs":
+        tops.append(path.parent if path.name == _BINNED else path.parent.parent)
+    if tops[-1].name == "outs" and tops[-1].parent != path:
         tops.append(tops[-1].parent)
     places = [place for top in tops for place in (top, top / "microscope_image") if place.is_dir()]
-    slices = next((file for place in places if (file := find(place, *_SLICES))), None)
+    slices = None if one else next((file for place in places if (file := find(place, *_SLICES))), None)
     return _Folder(dict(sorted(squares.items())), slices, tuple(places), _name(path))
 
 
