@@ -36,6 +36,7 @@ def test_denoised_counts_are_nearer_the_truth():
     assert error < 0.2 * _deviance(_flat(counts), expected)
     assert error < 0.2 * _deviance(counts.toarray(), expected)
     assert made.expected().dtype == np.float32
+    assert (made.factors**2).sum(1).mean() == pytest.approx(1)
 
 
 def test_poisson_noise_alone_becomes_flat():
@@ -130,6 +131,12 @@ def test_factors_are_principal_components_of_the_residuals(most):
     assert (scaled(factors) ** 2).sum(1).mean() == pytest.approx(1)
 
 
+def test_there_are_no_more_factors_than_dimensions():
+    two = np.random.default_rng(0).poisson(9.0, (100, 2)).astype(float)
+    assert spot_factors(sp.csr_matrix(np.tile(two, 10)), 8).shape == (100, 1)
+    assert spot_factors(sp.csr_matrix(np.full((100, 30), 5.0)), 8).shape == (100, 0)
+
+
 def test_halves_are_independent_and_add_up():
     _, counts = _tissue(spread=0, level=6)
     one, other = halves(counts, np.random.default_rng(0))
@@ -182,6 +189,13 @@ def test_too_little_to_learn_from_gives_constant_shares(dense):
     assert not made.sigma.any()
     np.testing.assert_allclose(made.rates(), _flat(sp.csr_matrix(dense)), rtol=1e-5)
     assert np.isfinite(made.expected()).all()
+
+
+def test_a_half_without_counts_does_not_matter():
+    pair = sp.csr_matrix(np.eye(2))
+    assert not all(halves(pair, np.random.default_rng(seed))[0].nnz for seed in range(9))
+    for seed in range(9):
+        np.testing.assert_allclose(denoise(pair, seed=seed).expected(), 0.5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,12 @@ SIZES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 1e5)
 """Candidate sizes of the negative binomial: variance = mean + mean^2 / size. The last one is Poisson."""
 
 _PATIENCE = 2  # numbers of components tried after the best one
-_SPLIT_GENES = 1000  # most counted genes, on which the number of components is chosen
-_BLOCK = 2**21  # values of genes x spots held at once, for bounded memory
+_SPLIT_GENES = (
+    100,
+    1000,
+)  # fewest and most genes, the most counted, on which the number of components is chosen
+_SPLIT_VALUES = 2_500_000  # genes x spots there; more spots need fewer genes
+_BLOCK = 2**22  # values of genes x spots held at once, for bounded memory
 _RNG_OF_ORDER = 20231  # weights of spots that put genes into an order of their own
 
 
@@ -178,7 +182,8 @@ def _best_components(counts: sp.csr_matrix, rng: np.random.Generator) -> int:
     """Number of components whose fit to one half of the counts predicts the other half best (Poisson deviance)."""
     fitted_half, other_half = halves(counts, rng)
     total = np.asarray(counts.sum(0)).ravel()
-    genes = np.sort(np.argsort(-total, kind="stable")[:_SPLIT_GENES])
+    most = int(np.clip(_SPLIT_VALUES // counts.shape[0], *_SPLIT_GENES))
+    genes = np.sort(np.argsort(-total, kind="stable")[:most])
     factors = spot_factors(fitted_half, COMPONENTS[-1])
     if not factors.shape[1]:  # too few spots or counts to choose from
         return 0
