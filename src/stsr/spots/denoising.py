@@ -13,14 +13,19 @@ from stsr.errors import StsrError
 from stsr.spots.factors import scaled, spot_factors
 from stsr.spots.regression import Design, fit
 
-COMPONENTS = (5, 10, 20, 30, 50)
-"""Candidate numbers of components, chosen by count splitting."""
+COMPONENTS = (0, 2, 5, 10, 20, 30, 50)
+"""Candidate numbers of components, chosen by count splitting; 0 leaves only the totals of spots and genes."""
 
 SIZES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 1e5)
 """Candidate sizes of the negative binomial: variance = mean + mean^2 / size. The last one is Poisson."""
 
-_SPLIT_GENES = 1000  # most counted genes, on which the number of components is chosen
-_BLOCK = 2**21  # values of genes x spots held at once, for bounded memory
+_PATIENCE = 2  # numbers of components tried after the best one
+_SPLIT_GENES = (
+    100,
+    1000,
+)  # fewest and most genes, the most counted, on which the number of components is chosen
+_SPLIT_VALUES = 2_500_000  # genes x spots there; more spots need fewer genes
+_BLOCK = 2**22  # values of genes x spots held at once, for bounded memory
 _RNG_OF_ORDER = 20231  # weights of spots that put genes into an order of their own
 
 
@@ -46,7 +51,7 @@ class Denoised:
         (g,) size of the negative binomial about the rates; the smaller, the more the spot's own count weighs.
     """
 
-    counts: sp.csr_matrix
+    counts: sp.csc_matrix
     genes: np.ndarray
     exposure: np.ndarray
     factors: np.ndarray
@@ -105,8 +110,8 @@ def denoise(
     genes
         Columns (g,) to fit; all by default. Totals and components always come from all columns.
     components
-        Number of components; by default the one of 5, 10, 20, 30 and 50 that predicts one random half of the counts
-        best from the other half.
+        Number of components; by default the one of `COMPONENTS` that predicts one random half of the counts best from
+        the other half. Fewer are used where counts have fewer dimensions.
     seed
         Of the random halves.
 
@@ -124,7 +129,7 @@ def denoise(
 
 
 def _checked(counts: sp.csr_matrix) -> sp.csr_matrix:
-    counts = sp.csr_matrix(counts, dtype=np.float64)
+    counts = sp.csr_matrix(counts, dtype=np.float64, copy=True)  # else sorting indices would change the input
     counts.sum_duplicates()
     if not np.isfinite(counts.data).all() or (counts.data < 0).any():
         raise StsrError("spot counts are negative or not finite; denoising needs raw counts, not log values")
@@ -141,25 +146,26 @@ def _fitted(counts: sp.csr_matrix, factors: np.ndarray, genes: np.ndarray) -> De
     """Fit rates and overdispersion of some genes to given factors."""
     total = np.asarray(counts.sum(1)).ravel()
     exposure = total / total.mean()
-    seen = exposure > 0
-    design = Design(exposure[seen], factors[seen])
-    chosen = counts[:, genes]
-    sums = chosen[seen].T @ design.columns  # (g, 1 + k)
+    design = Design(exposure, factors)
+    chosen = counts.tocsc()[:, genes]
+    sums = chosen.T @ design.columns  # (g, 1 + k)
     counted = np.flatnonzero(sums[:, 0] > 0)
     coefficients = np.zeros_like(sums)
     coefficients[:, 0] = -np.inf
     sigma, size = np.zeros(len(genes)), np.full(len(genes), SIZES[-1])
-    by_gene = chosen[seen].T.tocsr()
     for block in _blocks(len(counted), len(total)):
         here = counted[block]
         found = fit(sums[here], design)
         coefficients[here], sigma[here] = found.coefficients, found.sigma
-        size[here] = negative_binomial_size(by_gene[here], design.rates(found.coefficients))
+        size[here] = negative_binomial_size(chosen[:, here].T, design.rates(found.coefficients))
     return Denoised(chosen, genes, exposure, factors, coefficients, sigma, size)
 
 
 def negative_binomial_size(counts: sp.csr_matrix, rates: np.ndarray) -> np.ndarray:
-    """Size (g,) of the negative binomial that makes the counts (g, n) likeliest, given positive rates (g, n)."""
+    """Size (g,) of the negative binomial that makes the counts (g, n) likeliest, given rates (g, n).
+
+    Source: the gamma-Poisson likelihood; spots whose rate is 0 have no counts and no weight.
+    """
     gene = np.repeat(np.arange(len(rates)), np.diff(counts.indptr))
     best, highest = np.zeros(len(rates)), np.full(len(rates), -np.inf)
     for size in SIZES:
@@ -176,16 +182,20 @@ def _best_components(counts: sp.csr_matrix, rng: np.random.Generator) -> int:
     """Number of components whose fit to one half of the counts predicts the other half best (Poisson deviance)."""
     fitted_half, other_half = halves(counts, rng)
     total = np.asarray(counts.sum(0)).ravel()
-    genes = np.sort(np.argsort(-total, kind="stable")[:_SPLIT_GENES])
+    most = int(np.clip(_SPLIT_VALUES // counts.shape[0], *_SPLIT_GENES))
+    genes = np.sort(np.argsort(-total, kind="stable")[:most])
     factors = spot_factors(fitted_half, COMPONENTS[-1])
-    best, lowest = COMPONENTS[0], np.inf
+    if not factors.shape[1]:  # too few spots or counts to choose from
+        return 0
+    tried: list[float] = []
     for components in COMPONENTS:
+        if components and COMPONENTS[len(tried) - 1] >= factors.shape[1]:
+            break  # nothing more to use
         made = _fitted(fitted_half, scaled(factors[:, :components]), genes)
-        deviance = _deviance(made, other_half[:, genes])
-        if deviance >= lowest:
+        tried.append(_deviance(made, other_half[:, genes]))
+        if len(tried) > np.argmin(tried) + _PATIENCE:
             break
-        best, lowest = components, deviance
-    return best
+    return COMPONENTS[int(np.argmin(tried))]
 
 
 def _deviance(made: Denoised, counts: sp.csr_matrix) -> float:
@@ -195,7 +205,7 @@ def _deviance(made: Denoised, counts: sp.csr_matrix) -> float:
     for block in _blocks(int(counted.sum()), len(made.exposure)):
         which = np.flatnonzero(counted)[block]
         rates = made.rates(which)[seen].astype(float)
-        own = counts[:, which][seen].tocoo()
+        own = counts.tocsc()[:, which][seen].tocoo()
         total += rates.sum() - (own.data * np.log(rates[own.row, own.col])).sum()
     return total
 

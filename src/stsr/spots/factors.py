@@ -33,17 +33,20 @@ def spot_factors(counts: sp.csr_matrix, most: int, seed: int = 0) -> np.ndarray:
     factors
         Largest component first. Not scaled: the squared length of a component is its eigenvalue.
     """
-    counts = counts[:, np.asarray(counts.sum(0)).ravel() >= MIN_COUNTS]
-    n, genes = counts.shape
-    most = min(most, n - 1, genes - 1)
+    n, gene = counts.shape[0], np.asarray(counts.sum(0)).ravel()
+    common = np.flatnonzero(gene >= MIN_COUNTS)
+    most = min(most, n - 1, len(common) - 1)
     if most < 1:
         return np.zeros((n, 0))
-    operator = _gram(*_residuals(counts))
+    spot, share = np.asarray(counts.sum(1)).ravel(), gene[common] / gene.sum()
+    operator = _gram(*residuals(counts[:, common], spot, share))
+    start = np.random.default_rng(seed).standard_normal(n)
+    if np.linalg.norm(operator @ start) < _NEGLIGIBLE * np.linalg.norm(start):  # all spots alike
+        return np.zeros((n, 0))
     if n <= 3 * most:  # too few spots for the iterative solver
         values, vectors = np.linalg.eigh(operator @ np.eye(n))
     else:
-        start = np.random.default_rng(seed).standard_normal(n)
-        values, vectors = eigsh(operator, k=most, v0=operator @ start + 1e-9 * start)
+        values, vectors = eigsh(operator, k=most, v0=start)
     largest = np.argsort(values)[::-1][:most]
     values, vectors = values[largest], vectors[:, largest]
     real = values > max(_NEGLIGIBLE * values[0], _NEGLIGIBLE)
@@ -55,11 +58,20 @@ def scaled(factors: np.ndarray) -> np.ndarray:
     return factors / np.sqrt((factors**2).sum() / len(factors)) if factors.size else factors
 
 
-def _residuals(counts: sp.csr_matrix) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
-    """Clipped Pearson residuals (n, genes) as ``stored - outer(left, right)``."""
+def residuals(
+    counts: sp.csr_matrix, total: np.ndarray, share: np.ndarray
+) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
+    """Clipped Pearson residuals (n, genes) as ``stored - outer(left, right)``.
+
+    Parameters
+    ----------
+    counts
+        (n, genes).
+    total, share
+        (n,) and (genes,): the counts expected are their product.
+    """
     n = counts.shape[0]
-    spot, gene = np.asarray(counts.sum(1)).ravel(), np.asarray(counts.sum(0)).ravel()
-    left, right = np.sqrt(spot), np.sqrt(gene / gene.sum())
+    left, right = np.sqrt(total), np.sqrt(share)
     found = counts.tocoo()
     root = left[found.row] * right[found.col]  # square root of the expected count
     value = np.clip((found.data - root**2) / root, -np.sqrt(n), np.sqrt(n)) + root

@@ -44,7 +44,7 @@ class Design:
     Parameters
     ----------
     exposure
-        (n,) positive; rates are proportional to it.
+        (n,) not negative; rates are proportional to it.
     factors
         (n, k).
     """
