@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 from stsr.errors import StsrError, UsageError
 from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements
+from stsr.store.parts import FeatureMap
 from stsr.store.section import Section
 from stsr.verbs.train.augmentation import stained, turned, turned_places
 from stsr.verbs.train.config import TrainConfig
@@ -47,6 +48,8 @@ class TrainingTiles:
         Validation regions of a section replace the automatic one.
     seed
         Seed of the thinning to the config's depths; the other random numbers come with each batch.
+    features
+        {section name: patch features}, for methods that read them.
 
     Attributes
     ----------
@@ -74,6 +77,7 @@ class TrainingTiles:
         val: float = 0.15,
         regions: dict[str, dict] | None = None,
         seed: int = 0,
+        features: Mapping[str, FeatureMap] | None = None,
     ):
         for section in sections:
             check_section(section, requirements)
@@ -84,6 +88,7 @@ class TrainingTiles:
         regions = _regions(regions, sections)
         self.requirements = requirements
         self.config = config
+        self._features = features or {}
         self.side = config.train_tile_lr * requirements.per_lr  # bins
         self._pools: list[tuple[TrainingSection, int, np.ndarray]] = []  # (section, phase, first bins (n, 2))
         self._held_out: list[
@@ -244,6 +249,7 @@ class TrainingTiles:
         mask = np.empty((size, 1, small, small), np.float32)
         mean = np.empty((size, genes), np.float32)
         hr = torch.zeros(size, genes, side, side)
+        features: list[np.ndarray] = []
         for at, (section, phase, kind, (row, column), turn, gains) in enumerate(tiles):
             raster = section.rasters[phase][kind]
             top, left = (
@@ -257,6 +263,9 @@ class TrainingTiles:
             y, x = round(row * per_bin), round(column * per_bin)
             image[at] = stained(turned(section.image[:, y : y + pixels, x : x + pixels], turn), gains)
             section.counts.cut(row, column, turned_places(side, turn), hr[at].numpy())
+            if self.requirements.features:
+                window = section.grid.window(row, column, side, side).at(self.requirements.features_um)
+                features.append(turned(self._features[section.name].read(window), turn))
         return Batch(
             image=torch.from_numpy(image),
             lr=torch.from_numpy(lr),
@@ -266,6 +275,7 @@ class TrainingTiles:
             genes=torch.eye(genes),
             names=self.panel,
             hr=hr,
+            features=torch.from_numpy(np.stack(features)) if features else None,
         )
 
 
