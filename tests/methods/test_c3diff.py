@@ -308,7 +308,7 @@ def test_the_default_is_small():
     ("settings", "words"),
     [
         ({"image_um": 3.0}, "whole number of image_um"),
-        ({"image_um": 0.0}, "whole number of image_um"),
+        ({"image_um": 0.0}, "image_um must be positive"),
         ({"overlap_lr": 8}, "cannot overlap"),
         ({"imputation": "median"}, "imputation must be one of"),
         ({"sigma_min": 30.0}, "sigma_min < sigma_max"),

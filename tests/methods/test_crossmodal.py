@@ -90,7 +90,7 @@ def test_attention_does_not_mind_the_order_of_cells():
 
 
 def test_a_patch_is_encoded_by_itself():
-    encoder = PatchEncoder(8, 10)
+    encoder = PatchEncoder(3, 8, 10)
     some = normal(1, 3, 3, 10, 10)
     found = encoder(some)
     assert found.shape == (1, 3, 8)

@@ -35,7 +35,7 @@ from stsr.methods.diffusion import DiffusionConfig, DiffusionMethod
 from stsr.methods.method import channels_last, check_not_negative, check_positive
 from stsr.methods.target import Residual
 from stsr.nn.blocks import ScalarEmbedding
-from stsr.nn.encoders import GeneEmbedding, ImageEncoder, RasterEncoder
+from stsr.nn.encoders import ContextEncoder, GeneEmbedding, RasterEncoder
 from stsr.nn.unet import UNet
 
 IMPUTATIONS = ("dynamic", "mean", "zero", "none")
@@ -132,15 +132,15 @@ class C3Diff(DiffusionMethod):
         super().__init__(config, panel, reference)
         config = self.config
         channels, features, embedding = config.widths[0], config.feature_channels, config.embedding_channels
-        factor = round(config.bin_um / config.image_um)
+        inputs = self.encoder.out_channels
 
-        def image_encoder() -> ImageEncoder:
-            return ImageEncoder(features, config.vector_channels, factor, config.image_widths)
+        def context_encoder() -> ContextEncoder:
+            return ContextEncoder(inputs, features, config.vector_channels, config.image_widths)
 
         def lr_encoder() -> RasterEncoder:
             return RasterEncoder(2, features, config.vector_channels, embedding)
 
-        self.image_modality, self.image_content = image_encoder(), image_encoder()
+        self.image_modality, self.image_content = context_encoder(), context_encoder()
         self.lr_modality, self.lr_content = lr_encoder(), lr_encoder()
         self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
 
@@ -164,9 +164,9 @@ class C3Diff(DiffusionMethod):
 
     def condition(self, batch: Batch) -> ImageFeatures:
         """Encode the image, independently of genes."""
-        picture = self.picture(batch)  # (b, 3, I, I)
-        modality_maps, modality = self.image_modality(picture)  # (b, f, H, W), (b, d)
-        content_maps, content = self.image_content(picture)
+        image = self.encode(batch)  # (b, e, H, W)
+        modality_maps, modality = self.image_modality(image)  # (b, f, H, W), (b, d)
+        content_maps, content = self.image_content(image)
         maps = self.mix_image(torch.cat([modality_maps, content_maps], dim=1))  # (b, c, H, W)
         return ImageFeatures(maps, modality, content)
 
@@ -241,7 +241,7 @@ class C3Diff(DiffusionMethod):
             "modal": modal_loss(features.modality, lr_modality, self.temperature, batch.has_lr),
             "content": content_loss(features.content, lr_content, self.temperature, batch.has_lr),
             "inter": inter_loss(features.modality, features.content, self.temperature),
-            "denoise": self._denoising(x0, condition, steering, generator),
+            "denoise": self._denoising(x0, condition, steering, generator, batch.known()),
         }
         terms["loss"] = (
             terms["denoise"]
@@ -318,13 +318,18 @@ class C3Diff(DiffusionMethod):
         return image.maps[:, None] + (spots + fine).unflatten(0, base.shape[:2])
 
     def _denoising(
-        self, x0: torch.Tensor, condition: torch.Tensor, steering: torch.Tensor, generator: torch.Generator
+        self,
+        x0: torch.Tensor,
+        condition: torch.Tensor,
+        steering: torch.Tensor,
+        generator: torch.Generator,
+        known: torch.Tensor,
     ) -> torch.Tensor:
-        """Weighted squared error of x0 (b, g, H, W) at random sigmas: ()."""
+        """Weighted squared error of x0 (b, g, H, W), of the genes that are known (b, g), at random sigmas: ()."""
         x0, condition, steering = x0.flatten(0, 1)[:, None], condition.flatten(0, 1), steering.flatten(0, 1)
         dropped = self.chance(self.config.condition_dropout, len(x0), generator).to(x0.device)  # (b g,)
         condition = torch.where(dropped[:, None, None, None], self.null_condition, condition)
         steering = torch.where(dropped[:, None], self.null_steering, steering)  # (b g, e)
         return self.denoising.error(
-            lambda x, sigma: self.denoise(x, sigma, condition, steering), x0, generator
+            lambda x, sigma: self.denoise(x, sigma, condition, steering), x0, generator, known.reshape(-1, 1)
         )

@@ -17,7 +17,7 @@ _GREY_LEVELS = 32  # few enough for a patch of 100 pixels, 100 um at 10 um per p
 
 
 def patches(picture: torch.Tensor, across: int) -> torch.Tensor:
-    """Cut an image (b, 3, I, I) into ``across`` x ``across`` patches (b, n, 3, i, i), row by row.
+    """Cut maps (b, c, I, I) into ``across`` x ``across`` patches (b, n, c, i, i), row by row.
 
     Raises
     ------
@@ -28,7 +28,7 @@ def patches(picture: torch.Tensor, across: int) -> torch.Tensor:
     if height % across or width % across:
         raise ValueError(f"an image of {height} x {width} pixels has no {across} x {across} whole patches")
     cut = picture.reshape(count, channels, across, height // across, across, width // across)
-    return cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (b, n, 3, i, i)
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (b, n, c, i, i)
 
 
 def entropy(patch: torch.Tensor, levels: int = _GREY_LEVELS) -> torch.Tensor:
@@ -106,10 +106,12 @@ class CellAttention(nn.Module):
 
 
 class PatchEncoder(nn.Module):
-    """Encode each patch of an image as a feature vector, by strided convolutions inside the patch.
+    """Encode each patch of feature maps as a feature vector, by strided convolutions inside the patch.
 
     Parameters
     ----------
+    in_channels
+        Channels of the maps.
     channels
         Length of the vector.
     side
@@ -118,9 +120,9 @@ class PatchEncoder(nn.Module):
         Channels of the first layer; they double in each further layer, up to ``channels``.
     """
 
-    def __init__(self, channels: int, side: int, width: int = 16):
+    def __init__(self, in_channels: int, channels: int, side: int, width: int = 16):
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), group_norm(width), nn.SiLU()]
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 3, padding=1), group_norm(width), nn.SiLU()]
         while side > 5:
             wider = min(2 * width, channels)
             layers += [nn.Conv2d(width, wider, 3, stride=2, padding=1), group_norm(wider), nn.SiLU()]
@@ -129,7 +131,7 @@ class PatchEncoder(nn.Module):
         self.mix = nn.Linear(2 * width, channels)
 
     def forward(self, patch: torch.Tensor) -> torch.Tensor:
-        """(b, n, 3, i, i) of order one -> (b, n, channels)."""
+        """(b, n, in_channels, i, i) of order one -> (b, n, channels)."""
         maps = self.layers(patch.flatten(0, 1))  # (b n, width, i', i')
         pooled = torch.cat([maps.mean((-2, -1)), maps.amax((-2, -1))], dim=1)  # (b n, 2 width)
         return self.mix(pooled).unflatten(0, patch.shape[:2])

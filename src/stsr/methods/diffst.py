@@ -34,7 +34,6 @@ from stsr.methods.crossmodal import (
 from stsr.methods.diffusion import DiffusionConfig, DiffusionMethod
 from stsr.methods.method import channels_last, check_not_negative, check_positive
 from stsr.nn.blocks import ConvBlock, ScalarEmbedding
-from stsr.nn.encoders import ImageEncoder
 from stsr.nn.unet import UNet
 
 
@@ -125,13 +124,13 @@ class DiffST(DiffusionMethod):
         super().__init__(config, panel, reference)
         config = self.config
         features, genes, channels = config.feature_channels, config.gene_channels, config.widths[0]
-        factor = round(config.bin_um / config.image_um)
+        inputs = self.encoder.out_channels
 
         self.table = nn.Parameter(torch.randn(len(panel), genes))
-        self.tissue = ImageEncoder(features, factor=factor, widths=config.image_widths)
+        self.tissue = UNet(inputs, features, config.image_widths, zero_out=False)
         if config.cell_attention:
-            side = round(config.patch_lr * self.requirements.image_per_lr)
-            self.cells = PatchEncoder(config.attention_channels, side)
+            side = config.patch_lr * self.requirements.per_lr
+            self.cells = PatchEncoder(inputs, config.attention_channels, side)
             self.attention = CellAttention(features, config.attention_channels, config.attention_channels)
         self.refine = nn.Sequential(nn.Conv2d(genes + 1, features, 1), ConvBlock(features, features))
         self.refined = nn.Conv2d(features, genes, 1)
@@ -185,11 +184,11 @@ class DiffST(DiffusionMethod):
 
     def _see(self, batch: Batch, progress: float) -> torch.Tensor:
         """A_h: tissue features with attention over image patches."""
-        picture = self.picture(batch)  # (b, 3, I, I)
-        tissue = self.tissue.maps(picture)  # (b, f, H, W)
+        image = self.encode(batch)  # (b, e, H, W)
+        tissue = self.tissue(image)  # (b, f, H, W)
         if not self.config.cell_attention:
             return tissue
-        cells = self.cells(patches(picture, self._across(batch)))  # (b, n, c)
+        cells = self.cells(patches(image, self._across(batch)))  # (b, n, c)
         return self.attention(tissue, cells, self.kept_patches(batch, progress))
 
     def _read_spots(self, batch: Batch) -> torch.Tensor:
@@ -239,11 +238,12 @@ class DiffST(DiffusionMethod):
         features = self.features(batch, progress)
         dropped = self.chance(config.condition_dropout, len(batch), generator).to(batch.lr.device)
         condition = torch.where(dropped[:, None, None, None], self.null_condition, features.condition)
+        known = batch.known()
+        # Genes are channels of one map: those without counts enter as their expectation, which is 0.
+        x0 = self.residual(batch).encode(batch.truth()) * known[..., None, None]  # (b, p, H, W)
         terms = {
             "denoise": self.denoising.error(
-                lambda x, sigma: self.denoise(x, sigma, condition),
-                self.residual(batch).encode(batch.truth()),
-                generator,
+                lambda x, sigma: self.denoise(x, sigma, condition), x0, generator, known
             ),
             "disentangle": disentangling_loss(features.shared, features.unique, batch.has_lr),
         }

@@ -21,9 +21,10 @@ from stsr.diffusion import (
     uniform_sigmas,
 )
 from stsr.diffusion.precond import Denoise
-from stsr.methods.batch import Batch, Requirements
+from stsr.methods.batch import Batch
 from stsr.methods.method import (
     Method,
+    TileConfig,
     check_not_negative,
     check_positive,
     check_probability,
@@ -36,17 +37,13 @@ SCHEDULES = ("edm", "ddpm")
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
-    """Settings that both diffusion papers share.
+class DiffusionConfig(TileConfig):
+    """Settings that both diffusion papers share, in addition to those of `TileConfig`.
 
     Parameters
     ----------
-    bin_um, image_um
-        Size of bins and of image pixels, um; a bin must be a whole number of image pixels.
-    tile_lr, overlap_lr
-        Side of a prediction tile and minimum overlap, low-resolution pixels.
     widths, image_widths
-        Channels of the levels of the denoiser's U-Net, and of those of the image encoders.
+        Channels of the levels of the denoiser's U-Net, and of those of the U-Nets that give the image context.
     feature_channels
         Channels of an encoder's feature map.
     gene_channels
@@ -83,10 +80,6 @@ class DiffusionConfig:
         If a value is out of range.
     """
 
-    bin_um: float = 10.0
-    image_um: float = 10.0
-    tile_lr: int = 8
-    overlap_lr: int = 3
     widths: tuple[int, ...] = (24, 36, 48)
     image_widths: tuple[int, ...] = (24, 32, 48)
     feature_channels: int = 32
@@ -111,13 +104,7 @@ class DiffusionConfig:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        ratio = self.bin_um / self.image_um if self.image_um > 0 else 0
-        if ratio < 1 or abs(ratio - round(ratio)) > 1e-6:
-            raise ValueError(f"bin_um ({self.bin_um}) must be a whole number of image_um ({self.image_um})")
-        if not 0 <= self.overlap_lr < self.tile_lr:
-            raise ValueError(
-                f"tiles of {self.tile_lr} low-resolution pixels cannot overlap by {self.overlap_lr}"
-            )
+        super().__post_init__()
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
         if not 0 < self.sigma_min < self.sigma_max:
@@ -167,8 +154,12 @@ class Denoising:
         denoise: Denoise,
         x0: torch.Tensor,
         generator: torch.Generator,
+        known: torch.Tensor,
     ) -> torch.Tensor:
-        """Weighted squared error () of x0 (n, c, H, W) at random sigmas; ``mean_share`` of the inputs are zeros."""
+        """Weighted squared error () of x0 (n, c, H, W) at random sigmas; ``mean_share`` of the inputs are zeros.
+
+        Maps where ``known`` (n, c) is 0 were not measured and do not count.
+        """
         config, count = self.config, len(x0)
         if config.schedule == "edm":
             sigma = lognormal_sigmas(count, generator, config.p_mean, config.p_std)
@@ -180,7 +171,11 @@ class Denoising:
         wide = sigma[:, None, None, None]
         noisy = torch.where(blank[:, None, None, None], 0, x0 + wide * noise)
         estimate = denoise(noisy, torch.where(blank, self.sigma_max, sigma))
-        error = (estimate - x0).square().mean((1, 2, 3))  # (n,)
+        error = (
+            ((estimate - x0).square().mean((2, 3)) * known).sum(1)
+            / known.mean().clamp_min(1e-6)
+            / x0.shape[1]
+        )
         # For zeros, the estimate is the network's output alone: the weight is that of EDM at infinite sigma.
         weight = torch.where(blank, config.sigma_data**-2, self.loss_weight(sigma))
         return (weight * error).mean()
@@ -225,12 +220,7 @@ class DiffusionMethod(Method):
             raise ValueError(f"the panel is empty; {type(self).__name__} needs at least one gene")
         self.sampling = Sampling(self.config.sampler, self.config.steps, self.config.guidance)
         self.denoising = Denoising(self.config)
-
-    @property
-    def requirements(self) -> Requirements:
-        """The tiles of the config."""
-        c = self.config
-        return Requirements(self.panel, c.bin_um, c.image_um, c.tile_lr, c.overlap_lr)
+        self.encoder = self.config.image_encoder()
 
     @property
     def knows_mean(self) -> bool:
@@ -240,10 +230,6 @@ class DiffusionMethod(Method):
     def residual(self, batch: Batch) -> Residual:
         """Base and spread that convert this batch's counts to x0 and back."""
         return Residual.of(batch, self.scale(batch), self.requirements.per_lr, self.config.smooth_bins)
-
-    def picture(self, batch: Batch) -> torch.Tensor:
-        """The image (b, 3, I, I), scaled to [-1, 1]."""
-        return batch.image.to(self.reference.dtype) / 127.5 - 1
 
     def chance(self, probability: float, count: int, generator: torch.Generator) -> torch.Tensor:
         """Draw booleans (count,), true with this probability in training mode and never otherwise."""

@@ -11,18 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from stsr.diffusion.noise import TileNoise
-from stsr.methods.batch import Batch, Requirements
-from stsr.methods.method import Method, check_positive, check_probability, interpolated
+from stsr.methods.batch import Batch
+from stsr.methods.method import Method, TileConfig, check_positive, check_probability, interpolated
 from stsr.nn.blocks import ConvBlock
 from stsr.nn.unet import UNet
 
-IMAGE_MEAN, IMAGE_SPREAD = 0.7, 0.25
-"""Approximate mean and standard deviation of H&E pixels in 0..1; fixed, so that tiles are not rescaled one by one."""
-
 
 @dataclass(frozen=True)
-class RegressionConfig:
-    """Settings of the regression.
+class RegressionConfig(TileConfig):
+    """Settings of the regression, in addition to those of `TileConfig`.
 
     Parameters
     ----------
@@ -44,9 +41,6 @@ class RegressionConfig:
     views
         Orientations (1, 4 or 8) of a tile over which a prediction is averaged. Tissue has no preferred orientation,
         and the network's errors differ between views.
-    tile_lr, overlap_lr
-        Side of a prediction tile and minimum overlap, low-resolution pixels. The size should be close to that of the
-        training tiles, because group norm statistics depend on it: tiles of 24 cost 0.01 of PCC at 40 um.
     """
 
     widths: tuple[int, ...] = (32, 64, 96)
@@ -57,10 +51,9 @@ class RegressionConfig:
     lr_dropout: float = 0.15
     genes_per_step: int = 100
     views: int = 8
-    tile_lr: int = 8
-    overlap_lr: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_probability(self, "lr_dropout")
         check_positive(self, "factors", "genes_per_step")
         if self.views not in (1, 4, 8):
@@ -85,18 +78,13 @@ class UNetRegression(Method):
             ConvBlock(config.lr_channels, config.lr_channels),
             ConvBlock(config.lr_channels, config.lr_channels),
         )
-        self.trunk = UNet(
-            3 + config.lr_channels, config.factors, config.widths, config.blocks, dropout=config.dropout
-        )
+        self.encoder = config.image_encoder()
+        inputs = self.encoder.out_channels + config.lr_channels
+        self.trunk = UNet(inputs, config.factors, config.widths, config.blocks, dropout=config.dropout)
         self.loadings = nn.Parameter(torch.randn(genes, config.factors) / config.factors**0.5)
         self.offsets = nn.Parameter(torch.zeros(genes))
         # Weights of the interpolated spots, their neighbourhood and the section's mean in the base.
         self.base_logits = nn.Parameter(torch.log(torch.tensor([0.9, 0.08, 0.02])).repeat(genes, 1))
-
-    @property
-    def requirements(self) -> Requirements:
-        """The tiles of the config."""
-        return Requirements(self.panel, tile_lr=self.config.tile_lr, overlap_lr=self.config.overlap_lr)
 
     def condition(self, batch: Batch) -> torch.Tensor:
         """Compute factor maps (b, factors, H, W), averaged over views when predicting."""
@@ -114,8 +102,7 @@ class UNetRegression(Method):
         spots = F.interpolate(
             spots, scale_factor=per_lr, mode="bilinear", align_corners=False
         )  # (b, c, H, W)
-        image = (batch.image.to(spots.dtype) / 255 - IMAGE_MEAN) / IMAGE_SPREAD
-        return self.trunk(torch.cat([image, spots], 1)).float()
+        return self.trunk(torch.cat([self.encode(batch), spots], 1)).float()
 
     def _oriented(self, batch: Batch, view: int) -> torch.Tensor:
         """Factor maps from a tile rotated by ``view`` quarter turns (and mirrored from 4 on), rotated back."""
@@ -125,7 +112,11 @@ class UNetRegression(Method):
             return torch.rot90(values, view % 4, (-2, -1))
 
         view_batch = replace(
-            batch, image=turned(batch.image), lr=turned(batch.lr), lr_mask=turned(batch.lr_mask)
+            batch,
+            image=turned(batch.image),
+            lr=turned(batch.lr),
+            lr_mask=turned(batch.lr_mask),
+            features=None if batch.features is None else turned(batch.features),
         )
         back = torch.rot90(self._factors(view_batch), -(view % 4), (-2, -1))
         return back.flip(-1) if view >= 4 else back
@@ -172,7 +163,8 @@ class UNetRegression(Method):
         part = batch.of_genes(order[: self.config.genes_per_step].to(batch.lr.device))
         log_rate = self.log_rate(part, factors)
         bins = log_rate.shape[0] * log_rate.shape[2] * log_rate.shape[3]
-        total = log_rate.exp().sum() - (part.truth() * log_rate).sum()
+        known = part.known()[..., None, None]  # (b, g, 1, 1)
+        total = (known * log_rate.exp()).sum() - (known * part.truth() * log_rate).sum()
         return total / bins * (genes / len(part.names))
 
     def predict(

@@ -1,15 +1,14 @@
-"""Encoders of images and low-resolution rasters (feature maps and unit vectors) and of genes (embeddings)."""
+"""Encoders of feature maps and low-resolution rasters (maps and unit vectors) and of genes (embeddings)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stsr.nn.blocks import ConvBlock, ScalarEmbedding, group_norm
+from stsr.nn.blocks import ConvBlock, ScalarEmbedding
 from stsr.nn.unet import UNet
 
 
@@ -43,46 +42,27 @@ class Projection(nn.Module):
         return F.normalize(vector.float(), dim=-1)
 
 
-class ImageEncoder(nn.Module):
-    """Encode an image as a feature map on an equal or coarser raster, with context, and as a unit vector.
+class ContextEncoder(nn.Module):
+    """Encode feature maps with context by a U-Net, and as a unit vector.
 
     Parameters
     ----------
-    channels
-        Channels of the feature map.
+    in_channels, channels
+        Channels of the given and of the new feature maps.
     vector_channels
-        Length of the unit vector; 0 for an encoder of which only `maps` is used.
-    factor
-        Image pixels along one pixel of the feature map. The stem reduces the image by one prime factor at a time.
+        Length of the unit vector.
     widths
-        Channels of the levels of the context U-Net.
-
-    Raises
-    ------
-    ValueError
-        If factor is below 1.
+        Channels of the levels of the U-Net.
     """
 
-    def __init__(
-        self, channels: int, vector_channels: int = 0, factor: int = 1, widths: Sequence[int] = (24, 32, 48)
-    ):
+    def __init__(self, in_channels: int, channels: int, vector_channels: int, widths: Sequence[int]):
         super().__init__()
-        sizes = [3] + [widths[0]] * len(prime_factors(factor))
-        stem: list[nn.Module] = []
-        for prime, (first, second) in zip(prime_factors(factor), pairwise(sizes), strict=True):
-            stem += [nn.Conv2d(first, second, prime, stride=prime), group_norm(second), nn.SiLU()]
-        self.stem = nn.Sequential(*stem)
-        self.context = UNet(sizes[-1], channels, widths, zero_out=False)
-        self.project = Projection(channels, vector_channels) if vector_channels else None
+        self.context = UNet(in_channels, channels, widths, zero_out=False)
+        self.project = Projection(channels, vector_channels)
 
-    def maps(self, picture: torch.Tensor) -> torch.Tensor:
-        """(b, 3, factor H, factor W) of order one -> (b, channels, H, W)."""
-        return self.context(self.stem(picture))
-
-    def forward(self, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(b, 3, factor H, factor W) of order one -> (b, channels, H, W) and (b, vector_channels)."""
-        assert self.project is not None, "built without vector_channels"
-        maps = self.maps(picture)
+    def forward(self, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(b, in_channels, H, W) -> (b, channels, H, W) and (b, vector_channels)."""
+        maps = self.context(maps)
         return maps, self.project(maps)
 
 
@@ -161,22 +141,3 @@ class GeneEmbedding(nn.Module):
         code = self.code(mixtures @ self.table)  # (g, embedding_channels)
         abundance = self.abundance(scale.log().flatten() / 4)  # (b g, ...); divided by 4 to be of order one
         return code + abundance.unflatten(0, scale.shape)
-
-
-def prime_factors(number: int) -> list[int]:
-    """Prime factors of a number in ascending order; none for 1.
-
-    Raises
-    ------
-    ValueError
-        If the number is below 1.
-    """
-    if number < 1:
-        raise ValueError(f"the factor must be at least 1, not {number}")
-    factors, prime = [], 2
-    while number > 1:
-        while number % prime == 0:
-            factors.append(prime)
-            number //= prime
-        prime += 1
-    return factors
