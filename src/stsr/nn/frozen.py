@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,7 +220,11 @@ def _of_timm(read: Mapping[str, Any]) -> dict[str, Any]:
 
 def _torchscript(path: Path, device: torch.device) -> Callable[[torch.Tensor], Any]:
     try:
-        return torch.jit.load(str(path), map_location=device).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # torch recommends export, which few encoders use
+            return torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError, OSError) as error:
         raise StsrError(
             f"{path} is not a TorchScript file; save the encoder with torch.jit.save, not torch.save"
