@@ -23,7 +23,7 @@ import stsr
 from stsr.geometry.grid import Grid
 
 UM_PER_PX, CROP_PX, MARGIN_PX, PATCH_PX = 2.0, 64, 16, 8
-CHANNELS, EXPANDED, BATCH = 96, 256, 32
+CHANNELS, EXPANDED, BATCH, RATE = 96, 256, 32, 2e-3
 
 
 class Block(nn.Module):
@@ -75,7 +75,8 @@ def view(tiles: torch.Tensor, turn: int, rng: np.random.Generator) -> torch.Tens
     gains = torch.from_numpy(np.exp(rng.normal(0, 0.2, (len(tiles), 3, 1, 1))).astype(np.float32))
     crops = crops.clamp_min(1 / 255) ** gains
     crops = torch.rot90(crops, turn % 4, (-2, -1))
-    return (crops.flip(-1) if turn >= 4 else crops) - 0.7
+    crops = (crops.flip(-1) if turn >= 4 else crops) - 0.7
+    return crops.contiguous(memory_format=torch.channels_last)
 
 
 def turned_back(maps: torch.Tensor, turn: int) -> torch.Tensor:
@@ -112,13 +113,14 @@ def main() -> None:
     torch.manual_seed(options.seed)
     tiles = read_tiles(options.stores, options.tiles, rng)
     encoder = nn.Sequential(Block(3, 32), Block(32, 64), Block(64, CHANNELS), nn.GroupNorm(8, CHANNELS))
+    encoder = encoder.to(memory_format=torch.channels_last)
     expander = nn.Sequential(nn.Linear(CHANNELS, EXPANDED), nn.ReLU(), nn.Linear(EXPANDED, EXPANDED))
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *expander.parameters()], lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *expander.parameters()], lr=RATE, weight_decay=0.01)
     print(f"{len(tiles)} tiles, {sum(p.numel() for p in encoder.parameters()):,} parameters")
     start, step, spent = time.monotonic(), 0, 0.0
     while spent < 1:
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * (1 + np.cos(np.pi * spent)) / 2)
+            group["lr"] = RATE * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * (1 + np.cos(np.pi * spent)) / 2)
         chosen, turn = tiles[rng.choice(len(tiles), BATCH, replace=False)], int(rng.integers(8))
         maps = encoder(view(chosen, 0, rng)), turned_back(encoder(view(chosen, turn, rng)), turn)
         a, b = (expander(each.permute(0, 2, 3, 1).reshape(-1, CHANNELS)) for each in maps)

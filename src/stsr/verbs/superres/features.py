@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from stsr.errors import StsrError, UsageError
-from stsr.features import feature_file, section_features
+from stsr.features.cache import Caller, section_features
+from stsr.features.files import FeatureFile, feature_file
 from stsr.progress import Progress, Report
 from stsr.signals import interruptible
 from stsr.store.parts import FeatureMap
@@ -51,9 +52,7 @@ def with_features(
                 channels=needs.features,
                 pixel_um=needs.features_um,
                 overwrite=overwrite,
-                progress=progress,
-                report=report,
-                interruption=interruption,
+                caller=Caller(progress, report, interruption),
             )
     if found is None:
         name = _trained_on(job)
@@ -73,7 +72,7 @@ def _cached(job: SuperresJob) -> FeatureMap | None:
     return None
 
 
-def _checked(job: SuperresJob, path: str | Path):
+def _checked(job: SuperresJob, path: str | Path) -> FeatureFile:
     """The file, if it is not another encoder than that of the training."""
     file = feature_file(path, job.section)
     trained = job.loaded.features

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from stsr.errors import UsageError
-from stsr.features import feature_files, section_features
+from stsr.features.cache import Caller, section_features
+from stsr.features.files import feature_files
 from stsr.methods.method import Method
 from stsr.progress import Progress
 from stsr.signals import interruptible
@@ -47,7 +48,7 @@ def read_features(
     UsageError
         If the method reads no features, or the files do not match the sections.
     StsrError
-        As `stsr.features.section_features`.
+        As `stsr.features.cache.section_features`.
     """
     if not paths:
         return TrainingFeatures()
@@ -66,8 +67,7 @@ def read_features(
                 pixel_um=pixel_um,
                 overwrite=overwrite,
                 compute=compute,
-                progress=progress,
-                interruption=interruption,
+                caller=Caller(progress, interruption=interruption),
             )
             maps[section.name] = found
             channels, pixel_um = found.channels, found.pixel_um

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from stsr import checkpoint
 from stsr.errors import StsrError, UsageError
-from stsr.features import EncoderMaker, FeatureFile, feature_files, section_features
+from stsr.features.cache import Caller, section_features
+from stsr.features.files import FeatureFile, feature_files
+from stsr.features.makers import EncoderMaker
 from stsr.geometry.grid import Grid
 from stsr.methods.batch import Requirements
 from stsr.nn.frozen import load_encoder
@@ -227,11 +229,10 @@ def test_an_interrupted_run_continues(plain, encoders, fresh_copy):
         interruption.number = 15
 
     with pytest.raises(Interrupted):
-        features_of(store, encoders["colours"], progress=stop, interruption=interruption)
+        features_of(store, encoders["colours"], caller=Caller(stop, interruption=interruption))
     assert open_section(store).catalogue.feature_elements == {}
-    whole = features_of(
-        store, encoders["colours"], progress=lambda done, total, _: steps.append((done, total))
-    )
+    onwards = Caller(lambda done, total, label: steps.append((done, total)))
+    whole = features_of(store, encoders["colours"], caller=onwards)
     total = steps[0][1]
     assert total > 2 and steps == [(number, total) for number in range(1, total + 1)]
     shutil.copytree(plain, store.with_name("two.zarr"))
@@ -252,6 +253,14 @@ def test_a_failure_leaves_the_store_as_it_was(plain, fresh_copy, tmp_path):
             features_of(store, tmp_path / "a.npy")
         assert sorted(path.name for path in store.parent.iterdir()) == before
         assert open_section(store).elements == section.elements
+
+
+def test_an_image_that_is_too_coarse_is_said(plain, fresh_copy, tmp_path):
+    told = []
+    fine = encoder_file(tmp_path / "fine.pt", Colours(), um_per_px=1.0)
+    features_of(fresh_copy(plain), fine, caller=Caller(report=told.append))
+    assert "has 2 um per pixel and is enlarged to the 1 um of fine.pt" in told[0]
+    assert "4 channels in pixels of 10 um" in told[1]
 
 
 def test_windows_between_pixels_are_interpolated():
