@@ -24,6 +24,7 @@ from stsr.geometry.grid import Grid
 
 UM_PER_PX, CROP_PX, MARGIN_PX, PATCH_PX = 2.0, 64, 16, 8
 CHANNELS, EXPANDED, BATCH, RATE = 96, 256, 32, 2e-3
+LIGHT = 0.7, 0.25  # mean and standard deviation of the pixels, about
 
 
 class Block(nn.Module):
@@ -39,19 +40,6 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.down(x)
         return x + self.body(x)
-
-
-class Standardised(nn.Module):
-    """The encoder with channels of mean 0 and standard deviation 1 on the training tiles."""
-
-    def __init__(self, encoder: nn.Module, mean: torch.Tensor, std: torch.Tensor):
-        super().__init__()
-        self.encoder = encoder
-        self.register_buffer("mean", mean[:, None, None])
-        self.register_buffer("std", std[:, None, None])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.encoder(x) - self.mean) / self.std
 
 
 def read_tiles(stores: list[str], count: int, rng: np.random.Generator) -> torch.Tensor:
@@ -75,7 +63,7 @@ def view(tiles: torch.Tensor, turn: int, rng: np.random.Generator) -> torch.Tens
     gains = torch.from_numpy(np.exp(rng.normal(0, 0.2, (len(tiles), 3, 1, 1))).astype(np.float32))
     crops = crops.clamp_min(1 / 255) ** gains
     crops = torch.rot90(crops, turn % 4, (-2, -1))
-    crops = (crops.flip(-1) if turn >= 4 else crops) - 0.7
+    crops = ((crops.flip(-1) if turn >= 4 else crops) - LIGHT[0]) / LIGHT[1]
     return crops.contiguous(memory_format=torch.channels_last)
 
 
@@ -139,20 +127,18 @@ def main() -> None:
             )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        whole = torch.cat([encoder(view(part, 0, rng)) for part in tiles[:512].split(BATCH)])
-        exported = Standardised(encoder, whole.mean((0, 2, 3)), whole.std((0, 2, 3)) + 1e-6).eval()
+        part = tiles[torch.from_numpy(rng.permutation(len(tiles))[:512])]
+        maps = torch.cat([encoder(view(each, 0, rng)) for each in part.split(BATCH)])
+        exported = nn.Sequential(
+            encoder, nn.BatchNorm2d(CHANNELS, affine=False)
+        ).eval()  # to mean 0, variance 1
+        exported[1].running_mean, exported[1].running_var = maps.mean((0, 2, 3)), maps.var((0, 2, 3))
         torch.jit.save(torch.jit.trace(exported, torch.zeros(1, 3, CROP_PX, CROP_PX)), options.output)
-    settings = {
-        "um_per_px": UM_PER_PX,
-        "image_px": 128,
-        "patch_px": PATCH_PX,
-        "mean": [0.7] * 3,
-        "std": [1.0] * 3,
-    }
+        rank = effective_rank(exported[1](maps).permute(0, 2, 3, 1).reshape(-1, CHANNELS))
+    colours = {"mean": [LIGHT[0]] * 3, "std": [LIGHT[1]] * 3}
+    settings = {"um_per_px": UM_PER_PX, "image_px": 128, "patch_px": PATCH_PX, **colours}
     options.output.with_suffix(".json").write_text(json.dumps(settings))
-    print(
-        f"{options.output}: effective rank {effective_rank(whole.permute(0, 2, 3, 1).reshape(-1, CHANNELS)):.1f}"
-    )
+    print(f"{options.output}: effective rank {rank:.1f} of {CHANNELS}")
 
 
 if __name__ == "__main__":

@@ -131,10 +131,11 @@ def test_a_file_gives_the_same_transformer(tmp_path, changes):
     assert one.shape == (2, 1, 1, 24) and not np.allclose(one[:, 0, 0], found[:, 0, 0])
 
 
-def test_settings_by_timm_are_read(tmp_path):
-    model = random_vit()
+@pytest.mark.parametrize(("width", "arguments"), [(24, {"num_heads": 3}), (192, {})])
+def test_settings_by_timm_are_read(tmp_path, width, arguments):
+    model = random_vit(width=width)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    theirs = {"architecture": "vit_x", "num_features": 24, "model_args": {"num_heads": 3}}
+    theirs = {"architecture": "vit_tiny_patch8_32", "model_args": arguments}
     theirs["pretrained_cfg"] = {"mean": [0.7, 0.6, 0.7], "std": [0.2, 0.2, 0.2], "license": "?"}
     (tmp_path / "config.json").write_text(json.dumps(theirs))
     encoder = load_encoder(tmp_path / "model.safetensors", CPU)
@@ -161,6 +162,25 @@ def test_weights_that_do_not_fit_are_refused_by_name(settings, changes, words):
     with pytest.raises(StsrError) as refused:
         vit_of({key: value for key, value in weights.items() if value is not None}, settings, "vit")
     assert words in str(refused.value)
+
+
+PLAIN = {"image_px": 224, "layer_scale": True}
+GATED = {**PLAIN, "mlp": "swiglu", "heads": 24, "width": 1536, "hidden": 8192}
+MODELS = {
+    "UNI": (303, sizes(**PLAIN, patch_px=16, width=1024, depth=24, heads=16, hidden=4096)),
+    "UNI2-h": (681, sizes(**GATED, patch_px=14, depth=24, registers=8, placed=0)),
+    "Virchow2": (631, sizes(**{**GATED, "width": 1280, "heads": 16, "hidden": 6832}, patch_px=14, depth=32)),
+    "H-optimus-0": (1135, sizes(**GATED, patch_px=14, depth=40, registers=4, placed=0)),
+    "GigaPath": (1135, sizes(**GATED, patch_px=16, depth=40)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_published_models_have_their_number_of_parameters(name):
+    millions, config = MODELS[name]
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in VisionTransformer(config).parameters())
+    assert round(count / 1e6) == millions
 
 
 # ------------------------------------------------------------------------------------------------- TorchScript

@@ -159,8 +159,8 @@ def load_encoder(path: Path, device: torch.device) -> FrozenEncoder:
     if not path.is_file():
         raise StsrError(f"there is no encoder at {path}; check --features")
     found = config_file(path)
-    given = _read_settings(found, vit=path.suffix in WEIGHTS) if found else {}
     if path.suffix in TORCHSCRIPT:
+        given = _read_settings(found) if found else {}
         settings = _settings(given, image_px=224)
         per_side = int(settings.image_px) // int(given["patch_px"]) if "patch_px" in given else None
         return FrozenEncoder(path.name, settings, device, _torchscript(path, device), per_side)
@@ -168,7 +168,9 @@ def load_encoder(path: Path, device: torch.device) -> FrozenEncoder:
         raise UsageError(
             f'{path} needs a config beside it: {path.stem}.json with at least {{"architecture": "vit", "heads": 16}}'
         )
-    model = vit_of(_tensors(path), given, path.name).to(device)
+    tensors = _tensors(path)
+    given = _read_settings(found, tensors)
+    model = vit_of(tensors, given, path.name).to(device)
     settings = _settings(given, image_px=model.config.image_px)
     first = 1 + model.config.registers
 
@@ -185,22 +187,22 @@ def _settings(given: Mapping[str, Any], image_px: int) -> EncoderSettings:
     return EncoderSettings(**{"image_px": image_px, **known, **colours})
 
 
-def _read_settings(path: Path, vit: bool) -> dict[str, Any]:
-    """Settings of a JSON file; those of timm's config.json are translated."""
+def _read_settings(path: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """Settings of a JSON file, of TorchScript or beside tensors; those of timm's config.json are translated."""
     try:
         read = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is not a JSON file ({error}); correct it") from None
     if not isinstance(read, dict):
         raise UsageError(f'{path} must contain settings such as {{"um_per_px": 0.5}}')
-    if "pretrained_cfg" in read or "model_args" in read:
-        return _of_timm(read)
-    known = (*_OWN, *_VIT) if vit else _OWN
+    if tensors is not None and ("pretrained_cfg" in read or "model_args" in read):
+        return _of_timm(read, tensors)
+    known = _OWN if tensors is None else (*_OWN, *_VIT)
     for key in read:
         if key not in known:
             hint = did_you_mean(key, known, f"known are: {', '.join(known)}.")
             raise UsageError(f"{key!r} in {path.name} is not a setting of an encoder; {hint}")
-    if vit and read.get("architecture", "vit") != "vit":
+    if tensors is not None and read.get("architecture", "vit") != "vit":
         raise UsageError(
             f"{path.name} has the architecture {read['architecture']!r}; only vit can be read from weights, "
             f"export others as TorchScript"
@@ -208,11 +210,11 @@ def _read_settings(path: Path, vit: bool) -> dict[str, Any]:
     return read
 
 
-def _of_timm(read: Mapping[str, Any]) -> dict[str, Any]:
+def _of_timm(read: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Settings in a config.json by timm, as Hugging Face distributes it with the weights."""
     arguments = read.get("model_args") or {}
     trained = read.get("pretrained_cfg") or {}
-    width = arguments.get("embed_dim") or read.get("num_features") or 0
+    width = tensors["cls_token"].shape[-1] if "cls_token" in tensors else 0
     heads = arguments.get("num_heads") or _HEADS.get(width)
     found = {"heads": heads, "mean": trained.get("mean"), "std": trained.get("std")}
     return {key: value for key, value in found.items() if value is not None}
