@@ -4,7 +4,8 @@
     python examples/patch_features.py sample.zarr uni_encoder:load --um-per-px 0.5 --stride-um 20
 
 The encoder is a TorchScript file, or ``module:function`` where the function returns a callable that takes images
-(b, 3, px, px), normalised as given, and returns vectors (b, channels). Windows of ``--image-px`` lie ``--stride-um``
+(b, 3, px, px), normalised as ImageNet, and returns vectors (b, channels); of tokens (b, tokens, channels) the first is
+taken, and maps (b, channels, y, x) are averaged. Windows of ``--image-px`` lie ``--stride-um``
 apart; each gives one vector for its centre. The array (y, x, channels) is written row by row, with its place beside it.
 """
 
@@ -48,7 +49,12 @@ def write_features(
     def vectors(windows: list[np.ndarray]) -> np.ndarray:
         pixels = torch.from_numpy(np.stack(windows)).to(device).float() / 255
         with torch.inference_mode():
-            return encode((pixels - shift) / scale).float().cpu().numpy()
+            found = encode((pixels - shift) / scale).float()
+        if found.ndim == 3:
+            found = found[:, 0]  # the class token
+        elif found.ndim == 4:
+            found = found.mean((2, 3))
+        return found.cpu().numpy()  # (b, channels)
 
     channels = vectors([np.full((3, image_px, image_px), 255, np.uint8)]).shape[1]
     shape = rows, columns, channels

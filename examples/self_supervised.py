@@ -23,7 +23,7 @@ import stsr
 from stsr.geometry.grid import Grid
 
 UM_PER_PX, CROP_PX, MARGIN_PX, PATCH_PX = 2.0, 64, 16, 8
-CHANNELS, EXPANDED, BATCH, RATE = 96, 256, 32, 2e-3
+CHANNELS, EXPANDED, BATCH, RATE = 96, 256, 16, 2e-3
 LIGHT = 0.7, 0.25  # mean and standard deviation of the pixels, about
 
 
@@ -100,7 +100,7 @@ def main() -> None:
     rng = np.random.default_rng(options.seed)
     torch.manual_seed(options.seed)
     tiles = read_tiles(options.stores, options.tiles, rng)
-    encoder = nn.Sequential(Block(3, 32), Block(32, 64), Block(64, CHANNELS), nn.GroupNorm(8, CHANNELS))
+    encoder = nn.Sequential(Block(3, 24), Block(24, 64), Block(64, CHANNELS), nn.GroupNorm(8, CHANNELS))
     encoder = encoder.to(memory_format=torch.channels_last)
     expander = nn.Sequential(nn.Linear(CHANNELS, EXPANDED), nn.ReLU(), nn.Linear(EXPANDED, EXPANDED))
     optimizer = torch.optim.AdamW([*encoder.parameters(), *expander.parameters()], lr=RATE, weight_decay=0.01)
