@@ -29,6 +29,7 @@ ALLOWED = {
     "verbs": {
         "methods",
         "checkpoint",
+        "features",
         "platforms",
         "store",
         "histology",
@@ -41,6 +42,7 @@ ALLOWED = {
         "device",
     },
     "checkpoint": {"methods", "store"},
+    "features": {"store", "histology", "geometry", "nn", "signals"},
     "methods": {"diffusion", "nn", "spots", "geometry"},
     "platforms": {"store", "histology", "geometry"},
     "store": {"histology", "geometry"},

@@ -44,6 +44,12 @@ NoConsistency = Annotated[
     bool,
     typer.Option("--no-consistency", help="Do not rescale the map to add up to the measured spot counts."),
 ]
+Features = Annotated[
+    Path | None,
+    _sampling(
+        metavar="FILE", help="Patch features of the H&E: encoder or array. Default: those cached in STORE."
+    ),
+]
 Name = Annotated[str | None, typer.Option(help="Name of the map in the store. Default: superres_xSCALE.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to this store instead of STORE.")]
 Figure = Annotated[Path | None, _drawing(help="Draw H&E, spots and map: .png, .pdf or .svg.")]
@@ -64,6 +70,7 @@ def superres(
     steps: Steps = None,
     sampler: Sampler = None,
     guidance: Guidance = None,
+    features: Features = None,
     no_lr: NoLr = False,
     no_consistency: NoConsistency = False,
     region: options.RegionOfInterest = None,
@@ -93,6 +100,7 @@ def superres(
         steps=steps,
         sampler=sampler,
         guidance=guidance,
+        features=features,
         use_lr=not no_lr,
         consistency=not no_consistency,
         region=options.region_um(region),

@@ -38,6 +38,13 @@ def train(
         Path | None,
         typer.Option(help="Model to fine-tune; it must have the same method, settings and gene panel."),
     ] = None,
+    features: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Patch features for all sections: encoder or folder; or one array per section. Can be repeated.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the configuration and stop.")] = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -58,6 +65,7 @@ def train(
         device=device,
         seed=seed,
         init=init,
+        features=features or (),
         overwrite=overwrite,
         dry_run=dry_run,
         progress=console.progress,

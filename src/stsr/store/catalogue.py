@@ -145,6 +145,15 @@ class Catalogue:
         return found[0]
 
     @property
+    def feature_elements(self) -> dict[str, dict[str, Any]]:
+        """Cached patch features, {name: provenance}."""
+        return {
+            name: self.provenance[name]
+            for name, kind in self.elements.items()
+            if kind == "images" and self.provenance.get(name, {}).get("command") == "features"
+        }
+
+    @property
     def hr_elements(self) -> list[str]:
         """Measured counts per bin, smallest bins first."""
         measured = [name for name, kind in self.elements.items() if kind == "images" and names.is_hr(name)]

@@ -62,6 +62,11 @@ def spread_name(element: str) -> str:
     return element + _SPREAD
 
 
+def features_name(stem: str) -> str:
+    """Name of cached patch features of a file: ``uni`` -> ``features_uni``."""
+    return "features_" + re.sub(r"[^A-Za-z0-9_.-]", "_", stem)
+
+
 def bin_um_of(element: str) -> float | None:
     """Bin size in um according to a map's name; None if the name does not contain one."""
     if match := _HR.match(element.removesuffix(_UNSEEN)):

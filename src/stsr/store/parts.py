@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -177,6 +178,51 @@ class Map:
     @cached_property
     def _places(self) -> dict[str, int]:
         return {gene: number for number, gene in enumerate(self.genes)}
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """Patch features of a section's H&E on its raster.
+
+    Parameters
+    ----------
+    element
+        Name in the store.
+    stored
+        (channel, y, x).
+    """
+
+    element: str
+    stored: Map
+
+    @property
+    def channels(self) -> int:
+        """Length of a vector."""
+        return len(self.stored.genes)
+
+    @property
+    def pixel_um(self) -> float:
+        """Side of a pixel, um."""
+        return self.stored.grid.bin_um
+
+    def read(self, window: Grid) -> np.ndarray:
+        """Values (c, height, width) float32 in a window of pixels of the same size, 0 beyond the section.
+
+        Where its pixels do not coincide with those of the store, they are interpolated linearly.
+        """
+        grid = self.stored.grid
+        row, column = (
+            round((at - start) / grid.bin_um, 6)
+            for at, start in ((window.y0_um, grid.y0_um), (window.x0_um, grid.x0_um))
+        )
+        (top, down), (left, right) = ((math.floor(at), at % 1) for at in (row, column))
+        height, width = window.height + (down > 0), window.width + (right > 0)
+        values = self.stored.read(None, grid.window(top, left, height, width)).astype(np.float32)
+        if down:
+            values = (1 - down) * values[:, :-1] + down * values[:, 1:]
+        if right:
+            values = (1 - right) * values[:, :, :-1] + right * values[:, :, 1:]
+        return values
 
 
 class Mask:

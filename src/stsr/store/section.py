@@ -16,7 +16,7 @@ from stsr.store import catalogue, discovery, names
 from stsr.store.arrays import StoredArray
 from stsr.store.catalogue import Catalogue
 from stsr.store.discovery import Frame
-from stsr.store.parts import Cells, Map, Mask, Spots
+from stsr.store.parts import Cells, FeatureMap, Map, Mask, Spots
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -192,6 +192,13 @@ class Section:
         genes = genes or [str(number) for number in range(array.shape[0])]
         height, width = array.shape[1:]
         return Map(Grid(float(to_um[0, 2]), float(to_um[1, 2]), bin_um, height, width), genes, array)
+
+    def features(self, digest: str, pixel_um: float | None = None) -> FeatureMap | None:
+        """Cached patch features of the file with this digest, of any or a given pixel size, um; None if absent."""
+        for name, made in self.catalogue.feature_elements.items():
+            if made.get("digest") == digest and pixel_um in (None, made.get("features_um")):
+                return FeatureMap(name, self.map(name))
+        return None
 
     def arrays(self, kind: str, element: str) -> list[StoredArray]:
         """Pyramid levels of an element as arrays on disk, fine to coarse.

@@ -31,7 +31,7 @@ _DIGEST = "digest"
 
 
 class MapWriter:
-    """(gene, y, x) float32 images, filled in blocks and published when the ``with`` block ends without an error.
+    """(gene, y, x) images, filled in blocks and published when the ``with`` block ends without an error.
 
     Blocks finished by a killed run of the same command (same outputs, genes, grid and provenance) are kept: check
     `is_done` before computing one, and call `mark_done` after writing it. If the block ends with an error or an
@@ -56,6 +56,8 @@ class MapWriter:
         The section's coordinate system and unit; read from the store by default.
     beside
         {name: SpatialData element} to publish with the maps if the store does not have them yet.
+    chunks, dtype, pyramid
+        Chunks and type of the values, and whether big maps get coarser levels.
 
     Raises
     ------
@@ -77,6 +79,9 @@ class MapWriter:
         *,
         frame: Frame | None = None,
         beside: Mapping[str, Any] | None = None,
+        chunks: tuple[int, int, int] = CHUNKS,
+        dtype: str = "float32",
+        pyramid: bool = True,
     ):
         self.store = catalogue.require_store(path)
         self.elements = [names.check_name(element) for element in elements]
@@ -88,6 +93,7 @@ class MapWriter:
         self.keep = False
         self._frame = frame
         self._overwrite = overwrite
+        self._chunks, self._dtype, self._pyramid = chunks, dtype, pyramid
         self._work = Workspace(self.store, self.elements[0])
         self._arrays: dict[str, Any] = {}  # finest level of each element
         self._done: dict[str, object] = {}
@@ -127,7 +133,7 @@ class MapWriter:
             If the disk is full.
         """
         with disk_errors(self.store):
-            self._arrays[element][genes, rows, columns] = np.asarray(values, dtype=np.float32)
+            self._arrays[element][genes, rows, columns] = np.asarray(values, dtype=self._dtype)
 
     def is_done(self, block: str) -> bool:
         """Whether a block of this name was finished, by this run or by a killed one of the same command."""
@@ -188,7 +194,7 @@ class MapWriter:
     def _levels(self) -> list[tuple[int, int]]:
         """(rows, columns) from fine to coarse."""
         levels = [self.grid.shape]
-        while max(levels[-1]) > _PYRAMID_BINS:
+        while self._pyramid and max(levels[-1]) > _PYRAMID_BINS:
             rows, columns = levels[-1]
             levels.append((-(-rows // 2), -(-columns // 2)))
         return levels
@@ -203,7 +209,8 @@ class MapWriter:
             folder = self._work.new / "images" / element
             for level, path in zip(levels, self._paths[element], strict=True):
                 shutil.rmtree(folder / path)
-                _allocate_array(folder, path, (len(self.genes), *level), version)
+                shape = (len(self.genes), *level)
+                _allocate_array(folder / path, shape, version, chunks=self._chunks, dtype=self._dtype)
             _describe(folder, self.genes, levels)
 
     @cached_property
@@ -257,12 +264,14 @@ def _halve(values: np.ndarray) -> np.ndarray:
     return (values[:, ::2, ::2] + values[:, 1::2, ::2] + values[:, ::2, 1::2] + values[:, 1::2, 1::2]) / 4
 
 
-def _allocate_array(folder: Path, name: str, shape: tuple[int, int, int], version: int) -> None:
-    """An empty float32 array whose missing chunks read as 0; zstd after a byte shuffle is small and quick on floats."""
+def _allocate_array(
+    path: Path, shape: tuple[int, int, int], version: int, *, chunks: tuple[int, int, int], dtype: str
+) -> None:
+    """An empty array whose missing chunks read as 0; zstd after a byte shuffle is small and quick on floats."""
     import zarr
     from zarr.codecs import BloscCodec
 
-    chunks = tuple(min(chunk, size) for chunk, size in zip(CHUNKS, shape, strict=True))
+    fitting = tuple(min(chunk, size) for chunk, size in zip(chunks, shape, strict=True))
     encoding: dict[str, Any]
     if version == 2:
         from numcodecs import Blosc
@@ -278,7 +287,7 @@ def _allocate_array(folder: Path, name: str, shape: tuple[int, int, int], versio
             "dimension_names": ("c", "y", "x"),
         }
     zarr.create_array(
-        folder / name, shape=shape, chunks=chunks, dtype="float32", fill_value=0.0, overwrite=True, **encoding
+        path, shape=shape, chunks=fitting, dtype=dtype, fill_value=0.0, overwrite=True, **encoding
     )
 
 

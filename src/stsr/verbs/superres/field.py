@@ -9,6 +9,7 @@ import torch
 
 from stsr.geometry.grid import LR_UM, Grid, bins_per_lr
 from stsr.methods.batch import Batch, cut, lr_mean
+from stsr.store.parts import FeatureMap
 
 
 class Picture(Protocol):
@@ -47,6 +48,8 @@ class Field:
         Pitch of the low-resolution raster, um.
     known
         (g,) bool: whether the spots measured each gene; all of them if None.
+    features
+        Patch features, for methods that read them.
     """
 
     def __init__(
@@ -60,10 +63,12 @@ class Field:
         image_um: float,
         lr_um: float = LR_UM,
         known: np.ndarray | None = None,
+        features: FeatureMap | None = None,
     ):
         self.grid = grid
         self.image = image
         self.image_um = image_um
+        self.features = features
         self.per_lr = bins_per_lr(grid.bin_um, lr_um)
         self.genes = torch.as_tensor(genes, dtype=torch.float32)
         self.names = tuple(names)
@@ -74,20 +79,25 @@ class Field:
         self.mask = np.zeros((1, *shape), np.float32) if mask is None else mask
         self.lr_mean = lr_mean(self.lr, self.mask)
 
-    def batch(self, window: Grid, image: torch.Tensor | None = None) -> Batch:
+    def batch(
+        self, window: Grid, image: torch.Tensor | None = None, features: torch.Tensor | None = None
+    ) -> Batch:
         """One tile (b = 1); white outside the image, without spots outside the grid.
 
         Parameters
         ----------
         window
             The tile's bins, which coincide with those of the grid.
-        image
-            (1, 3, I, I) of this window, if another field of the section has read it.
+        image, features
+            (1, 3, I, I) and (1, c, F, F) of this window, if another field of the section has read them.
         """
         row, column = (start // self.per_lr for start in self.grid.offset_of(window))
         height, width = window.height // self.per_lr, window.width // self.per_lr
         if image is None:
             image = torch.as_tensor(np.ascontiguousarray(self.image.read(window.at(self.image_um))))[None]
+        if features is None and self.features is not None:
+            values = self.features.read(window.at(self.features.pixel_um))
+            features = torch.as_tensor(np.ascontiguousarray(values))[None]
         return Batch(
             image=image,
             lr=torch.as_tensor(cut(self.lr, row, column, height, width))[None],
@@ -97,4 +107,5 @@ class Field:
             genes=self.genes,
             names=self.names,
             measured=self.known,
+            features=features,
         )

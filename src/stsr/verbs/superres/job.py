@@ -19,7 +19,7 @@ from stsr.methods.batch import Requirements
 from stsr.methods.method import Method
 from stsr.store import catalogue, names
 from stsr.store.elements import labels
-from stsr.store.parts import Spots
+from stsr.store.parts import FeatureMap, Spots
 from stsr.store.section import SUPPORT_UM, Section
 from stsr.verbs.superres.loading import Loaded
 from stsr.verbs.superres.mixtures import mixtures
@@ -60,6 +60,8 @@ class SuperresJob:
     seed: int
     element: str
     """Name of the map."""
+    features: FeatureMap | None = None
+    """Patch features of the section; None if the method reads none."""
     notes: list[str]
     """Remarks for the user before the work begins."""
     provenance: dict[str, Any] = field(default_factory=dict)

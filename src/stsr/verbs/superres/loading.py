@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Loaded:
     digest: str | None
     """Of the checkpoint; None without one."""
     device: torch.device
+    features: dict[str, Any] = field(default_factory=dict)
+    """Patch features that a checkpoint was trained with; empty without."""
 
 
 def load(
@@ -50,7 +52,14 @@ def load(
         label = "default" if model is None else path.name
         # channels_last is twice as fast on CPUs, and on tensor cores.
         fast = channels_last(loaded.method)
-        return Loaded(method=fast, name=loaded.name, model=label, digest=loaded.digest, device=device)
+        return Loaded(
+            method=fast,
+            name=loaded.name,
+            model=label,
+            digest=loaded.digest,
+            device=device,
+            features=loaded.provenance.get("features") or {},
+        )
     chosen: Any = method_class(method)
     if chosen.learns:
         raise UsageError(

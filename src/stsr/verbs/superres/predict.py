@@ -45,7 +45,9 @@ class Predictor:
             lr, mask = job.measurement.raster(job.counts(genes, job.spots), needs.lr_um)
             known = job.measured(genes)
         image = job.section.image if job.section.image is not None else White()
-        return Field(job.grid, image, lr, mask, mixed, genes, needs.image_um, needs.lr_um, known)
+        return Field(
+            job.grid, image, lr, mask, mixed, genes, needs.image_um, needs.lr_um, known, job.features
+        )
 
     def tile(self, field: Field, tile: Tile) -> Iterator[tuple[slice, list[np.ndarray]]]:
         """Predict a tile, some of the field's genes at a time.
@@ -69,7 +71,7 @@ class Predictor:
             with _precision(device):
                 features = method.condition(panel)
                 drawn = [method.draw(panel, features, noise) for noise in noises] if self._draws else []
-            batch = method.completed(field.batch(window, panel.image).to(device))
+            batch = method.completed(field.batch(window, panel.image, panel.features).to(device))
             for start in range(0, len(batch.names), _GENES_AT_ONCE):
                 part = slice(start, min(start + _GENES_AT_ONCE, len(batch.names)))
                 genes = batch.of_genes(torch.arange(part.start, part.stop))

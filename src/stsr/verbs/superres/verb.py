@@ -18,6 +18,7 @@ from stsr.signals import Interrupted, interruptible
 from stsr.store import catalogue
 from stsr.store.section import Section, open_section
 from stsr.store.workspace import Workspace
+from stsr.verbs.superres.features import with_features
 from stsr.verbs.superres.job import check_included, make_job, notes_on_result
 from stsr.verbs.superres.loading import configure_sampling, load
 from stsr.verbs.superres.loop import write_maps
@@ -61,6 +62,7 @@ def superres(
     region: tuple[float, float, float, float] | None = None,
     name: str | None = None,
     output: str | Path | None = None,
+    features: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
@@ -101,6 +103,9 @@ def superres(
         Name of the element; ``superres_x{scale}`` by default.
     output
         Another store: a copy of the section with the result. The section itself by default.
+    features
+        The encoder or the array of patch features, for a model that was trained with features; by default the
+        section's cached ones. They are computed once and cached in the section.
     seed
         The same seed gives the same maps.
     device
@@ -141,6 +146,7 @@ def superres(
     report, progress = report or silent, progress or silent
     for note in job.notes:
         report(note)
+    job = with_features(job, features, overwrite=overwrite, progress=progress, report=report)
     with interruptible() as interruption, _destination(section.path, output) as target:
         error = write_maps(
             replace(job, store=target),

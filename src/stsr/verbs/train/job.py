@@ -19,6 +19,7 @@ from stsr.methods.method import Method, config_dict
 from stsr.progress import Progress, Report, silent
 from stsr.store.section import open_section
 from stsr.verbs.train.config import TrainConfig, read_config, resolve
+from stsr.verbs.train.features import check_settings, read_features
 from stsr.verbs.train.section import check_section
 from stsr.verbs.train.tiles import TrainingTiles
 from stsr.version import __version__
@@ -72,6 +73,9 @@ def make_job(
     device: str,
     seed: int,
     init: str | Path | None,
+    features: Sequence[str | Path],
+    overwrite: bool,
+    dry_run: bool,
     progress: Progress,
     report: Report = silent,
 ) -> TrainingJob:
@@ -93,7 +97,8 @@ def make_job(
             f"{name} has no parameters to train; use it directly: stsr superres STORE --method {name}"
         )
     extra = [] if steps is None else [f"train.steps={steps}"]
-    method_config, training = resolve(chosen, read_config(config), [*settings, *extra])
+    given = read_config(config)
+    method_config, training = resolve(chosen, given, [*settings, *extra])
     where = resolve_device(device)
     regions = _read_regions(regions)
     opened = [open_section(path) for path in sections]
@@ -104,7 +109,15 @@ def make_job(
         lacking = section.image.lacks(requirements.image_um) if section.image is not None else ""
         if lacking:
             report(f"the H&E of {section.name} has {lacking}")
-    tiles = TrainingTiles(opened, requirements, training, val=val, regions=regions, seed=seed)
+    cached = read_features(
+        opened, features, chosen, device=where, overwrite=overwrite, compute=not dry_run, progress=progress
+    )
+    method_config, training = resolve(chosen, {**cached.settings, **given}, [*settings, *extra])
+    check_settings(method_config, cached)
+    requirements = chosen(method_config, ("gene",)).requirements
+    tiles = TrainingTiles(
+        opened, requirements, training, val=val, regions=regions, seed=seed, features=cached.maps
+    )
     whole = {
         "stsr": __version__,
         "method": name,
@@ -116,6 +129,8 @@ def make_job(
         "sections": [section.name for section in opened],
         "data": tiles.digest,
     }
+    if features:
+        whole["features"] = cached.record
     if init is not None:
         whole["init"] = _check_init(Path(init), name, tiles.panel)
     return TrainingJob(

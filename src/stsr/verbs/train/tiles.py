@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from stsr.errors import StsrError, UsageError
 from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements, cut
+from stsr.store.parts import FeatureMap
 from stsr.store.section import Section
 from stsr.verbs.train.augmentation import COARSE_UM, coarsened, stained, turned, turned_places
 from stsr.verbs.train.config import TrainConfig
@@ -72,6 +73,8 @@ class TrainingTiles:
         Validation regions of a section replace the automatic one.
     seed
         Seed of the halves of validation tiles; the other random numbers come with each batch.
+    features
+        {section name: patch features}, for methods that read them.
 
     Attributes
     ----------
@@ -102,6 +105,7 @@ class TrainingTiles:
         val: float = 0.15,
         regions: dict[str, dict] | None = None,
         seed: int = 0,
+        features: Mapping[str, FeatureMap] | None = None,
     ):
         for section in sections:
             check_section(section, requirements)
@@ -112,6 +116,7 @@ class TrainingTiles:
         regions = _regions(regions, sections)
         self.requirements = requirements
         self.config = config
+        self._features = features or {}
         self.side = config.train_tile_lr * requirements.per_lr  # bins
         plans = [
             plan_section(section, requirements, config, val=val, regions=regions.get(section.name, {}))
@@ -299,7 +304,20 @@ class TrainingTiles:
             names=self.panel,
             hr=torch.from_numpy(hr),
             measured=None if all(section.measured.all() for section in self._sections) else measured,
+            features=self._patch_features(tiles),
         )
+
+    def _patch_features(self, tiles: list[Tile]) -> torch.Tensor | None:
+        """Patch features (b, c, F, F) of tiles, for methods that read them."""
+        needs = self.requirements
+        if not needs.features:
+            return None
+        windows = [tile.section.grid.window(tile.row, tile.column, self.side, self.side) for tile in tiles]
+        parts = [
+            turned(self._features[tile.section.name].read(window.at(needs.features_um)), tile.turn)
+            for tile, window in zip(tiles, windows, strict=True)
+        ]
+        return torch.from_numpy(np.stack(parts))
 
     def _image(self, tile: Tile) -> np.ndarray:
         """The H&E of a tile (3, I, I) uint8."""

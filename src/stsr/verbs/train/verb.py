@@ -34,6 +34,7 @@ def train(
     device: str = "auto",
     seed: int = 0,
     init: str | Path | None = None,
+    features: Sequence[str | Path] = (),
     overwrite: bool = False,
     dry_run: bool = False,
     provenance: dict | None = None,
@@ -67,8 +68,13 @@ def train(
         On a CPU, two runs with the same seed and the same number of threads give the same file, bit for bit.
     init
         A checkpoint of the same method, config and panel to start from, for fine-tuning.
+    features
+        Patch features of the H&E that the method reads beside the image: an encoder (TorchScript or safetensors), a
+        folder of arrays named after the sections, or one array (y, x, channels) per section in their order. They are
+        computed once and cached in the sections.
     overwrite
-        Replace an existing model, and discard an unfinished run with other settings.
+        Replace an existing model, discard an unfinished run with other settings, and replace cached features of
+        another file of the same name.
     dry_run
         Write nothing, and return what would be done.
     provenance
@@ -112,6 +118,9 @@ def train(
             device=device,
             seed=seed,
             init=init,
+            features=features,
+            overwrite=overwrite,
+            dry_run=dry_run,
             progress=progress,
             report=report or silent,
         )
@@ -176,6 +185,7 @@ def _save_model(job: TrainingJob, state: State, output: Path, provenance: dict |
         "gaps_lr": job.tiles.gaps_lr,
         "tiles": job.tiles.count,
         "train": job.settings["train"],
+        **({"features": job.settings["features"]} if "features" in job.settings else {}),
         "seed": job.seed,
         "device": job.device.type,
         "step": state.best_step if best else state.step,
