@@ -266,12 +266,10 @@ def test_an_image_that_is_too_coarse_is_said(plain, fresh_copy, tmp_path):
 def test_a_section_in_other_units_finds_its_cache(plain, encoders, fresh_copy):
     store = fresh_copy(plain)
     pixels = Section(store, um_per_unit=0.2737, coordinate_system="global")  # as if its units were pixels
-    sides = [
-        section_features(pixels, FeatureFile(encoders["colours"]), device=CPU).pixel_um for _ in range(2)
-    ]
-    assert sides == [20.0, 20.0]
+    found = section_features(pixels, FeatureFile(encoders["colours"]), device=CPU)
+    assert found.pixel_um == 20.0
     again = Section(store, um_per_unit=0.2737, coordinate_system="global")
-    assert again.features(FeatureFile(encoders["colours"]).digest, sides[0]) is not None
+    assert again.features(FeatureFile(encoders["colours"]).digest, found.pixel_um) is not None
 
 
 def test_windows_between_pixels_are_interpolated():
