@@ -263,6 +263,15 @@ def test_an_image_that_is_too_coarse_is_said(plain, fresh_copy, tmp_path):
     assert "4 channels in pixels of 10 um" in told[1]
 
 
+def test_a_section_in_other_units_finds_its_cache(plain, encoders, fresh_copy):
+    store = fresh_copy(plain)
+    pixels = Section(store, um_per_unit=0.2737, coordinate_system="global")  # as if its units were pixels
+    found = section_features(pixels, FeatureFile(encoders["colours"]), device=CPU)
+    assert found.pixel_um == 20.0
+    again = Section(store, um_per_unit=0.2737, coordinate_system="global")
+    assert again.features(FeatureFile(encoders["colours"]).digest, found.pixel_um) is not None
+
+
 def test_windows_between_pixels_are_interpolated():
     grid = Grid(100.0, 200.0, 20.0, 6, 5)
     values = np.stack([np.add.outer(3.0 * np.arange(6), np.arange(5)), np.ones((6, 5))])

@@ -202,8 +202,8 @@ class FeatureMap:
 
     @property
     def pixel_um(self) -> float:
-        """Side of a pixel, um."""
-        return self.stored.grid.bin_um
+        """Side of a pixel, um; rounded, because it went through the section's own units."""
+        return round(self.stored.grid.bin_um, 6)
 
     def read(self, window: Grid) -> np.ndarray:
         """Values (c, height, width) float32 in a window of pixels of the same size, 0 beyond the section.
