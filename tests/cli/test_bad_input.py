@@ -174,7 +174,7 @@ def test_damaged_metadata(here, command, damage):
         ("images/he", ["superres", "x.zarr", "--model", "m.safetensors"]),
         ("images/he", ["prepare", "x.zarr", "-o", "o.zarr"]),
         ("images/he", ["train", "x.zarr", "-o", "t.safetensors", *TRAINING]),
-        ("images/hr_10um", ["info", "x.zarr"]),
+        ("images/hr_10um", ["gec", "x.zarr", "--from", "hr_10um"]),
         ("images/hr_10um", ["prepare", "x.zarr", "-o", "o.zarr"]),
         ("images/hr_10um", ["train", "x.zarr", "-o", "t.safetensors", *TRAINING]),
         ("tables/spots_table/X", ["superres", "x.zarr", "--method", "bicubic"]),

@@ -111,6 +111,23 @@ def test_feature_slices_give_the_counts_of_2_um(hd_folder, tmp_path):
     assert np.allclose(alone.image.px_to_um, source.image.px_to_um, atol=1e-6)
 
 
+def test_feature_slices_have_their_own_tissue(hd_folder, tmp_path):
+    copy = only(hd_folder, tmp_path, slices=True)
+    truth = dense(platforms.read(copy))
+    with h5py.File(copy / "feature_slice.h5", "r+") as h5:
+        off = h5["masks/filtered/row"][:] < 80
+        h5["masks/filtered/data"][...] = np.where(off, 0, 1)
+    counts = dense(platforms.read(copy))
+    assert truth[:, :80].any() and not counts[:, :80].any()
+    assert np.array_equal(counts[:, 80:], truth[:, 80:])
+    with h5py.File(copy / "feature_slice.h5", "r+") as h5:
+        del h5["masks"]  # then that of the table of positions
+    assert np.array_equal(dense(platforms.read(copy)), truth)
+    next(copy.rglob("tissue_positions.parquet")).unlink()
+    with pytest.raises(StsrError, match="no mask"):
+        platforms.read(copy)
+
+
 def test_slices_are_read_in_pieces(hd_folder, tmp_path, monkeypatch):
     whole = platforms.read(only(hd_folder, tmp_path, slices=True))
     truth = dense(whole)

@@ -9,7 +9,6 @@ import typer
 from stsr.cli import options
 from stsr.cli.command import command
 from stsr.cli.console import Console
-from stsr.store.names import hr_name
 
 
 @command
@@ -48,7 +47,7 @@ def describe(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"bins      {hr['width']} x {hr['height']} of {hr['bin_um']:g} um, "
             f"{hr['genes']:,} genes, {hr['counts']:,.0f} counts"
-            f"{_divided(found['provenance'].get(hr_name(hr['bin_um']), {}))}"
+            f"{_divided(found)}"
         )
     if found["cells"]:
         genes = found["cells"]["genes"]
@@ -83,8 +82,11 @@ def _registration(made: dict[str, Any]) -> list[str]:
     ]
 
 
-def _divided(made: dict[str, Any]) -> str:
-    """How counts of larger or shifted bins came into these."""
+def _divided(found: dict[str, Any]) -> str:
+    """Whether counts of bins of another size were divided between these."""
+    from stsr.store.names import hr_name
+
+    made = found["provenance"].get(hr_name(found["hr"]["bin_um"]), {})
     if "divided_by_area_from_um" not in made:
         return ""
     return (

@@ -31,8 +31,8 @@ def detect(path: Path) -> ModuleType:
         raise StsrError(f"{path} is an archive; unpack it and give the folder")
     raise StsrError(
         f"{path} has no known format; give a Xenium folder (with experiment.xenium), a Space Ranger folder "
-        f"(filtered_feature_bc_matrix.h5 and spatial/), an ST folder (counts.tsv.gz and spots.tsv), a SpatialData "
-        f"store or an .h5ad file"
+        f"(filtered_feature_bc_matrix.h5 and spatial/, or binned_outputs/), an ST folder (counts.tsv.gz and "
+        f"spots.tsv), a SpatialData store or an .h5ad file"
     )
 
 

@@ -178,11 +178,13 @@ def _bins(folder: _Folder, positions: Positions, options: Options) -> tuple[Bins
     if folder.slices is not None and (not found or found[0][0] != slices.BIN_UM):
         bin_um, file = slices.BIN_UM, folder.slices
         open_stream = partial(slices.open_stream, file)
+        in_tissue = slices.read_tissue(file)
     else:
         if not found:
             need(next(iter(folder.squares.values())), *MATRICES, what="counts per bin")
         bin_um, file = found[0]
         open_stream = partial(matrix.open_stream, file, positions, bin_um)
-    in_tissue = positions.in_tissue_at(bin_um)
+        in_tissue = None
+    in_tissue = positions.in_tissue_at(bin_um) if in_tissue is None else in_tissue
     stream, genes, entries = open_stream(in_tissue, options.genes)
     return Bins(stream, bin_um, in_tissue, entries), genes, file

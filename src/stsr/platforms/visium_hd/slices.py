@@ -18,6 +18,29 @@ from stsr.platforms.visium_hd.positions import Positions, fitted_to
 
 BIN_UM = 2.0
 _MASK = "masks/filtered"  # bins in tissue
+_SAMPLE = 100_000  # bins that the alignment is fitted to
+
+
+def read_tissue(file: Path) -> np.ndarray | None:
+    """Bins in tissue (rows, columns) bool according to the file's mask; None if it has none.
+
+    Raises
+    ------
+    StsrError
+        If the file is damaged, or the mask is empty.
+    """
+    import h5py
+
+    with reading(file), h5py.File(file) as h5:
+        if _MASK not in h5:
+            return None
+        made = _metadata(h5)
+        in_tissue = np.zeros((int(made["nrows"]), int(made["ncols"])), bool)
+        row, column, on = (h5[f"{_MASK}/{key}"][:] for key in ("row", "col", "data"))
+        in_tissue[row[on > 0].astype(np.int64), column[on > 0].astype(np.int64)] = True
+    if not in_tissue.any():
+        raise StsrError(f"no tissue found: the mask in {file} is empty; check the file")
+    return in_tissue
 
 
 def read_positions(file: Path) -> Positions:
@@ -26,26 +49,22 @@ def read_positions(file: Path) -> Positions:
     Raises
     ------
     StsrError
-        If the file is damaged or has no registration of the microscope image.
+        If the file is damaged or has no mask or no registration of the microscope image.
     """
     import h5py
 
+    in_tissue = read_tissue(file)
     with reading(file), h5py.File(file) as h5:
-        made = _metadata(h5)
-        in_tissue = np.zeros((int(made["nrows"]), int(made["ncols"])), bool)
-        row, column = (h5[f"{_MASK}/{key}"][:].astype(np.int64) for key in ("row", "col"))
-        on = h5[f"{_MASK}/data"][:] > 0
-        in_tissue[row[on], column[on]] = True
-        transform = (made.get("transform_matrices") or {}).get("spot_colrow_to_microscope_colrow")
-    if not in_tissue.any():
-        raise StsrError(f"no tissue found: the mask in {file} is empty; check the file")
-    if transform is None:
+        matrices = _metadata(h5).get("transform_matrices") or {}
+        transform = matrices.get("spot_colrow_to_microscope_colrow")
+    if transform is None or in_tissue is None:
         raise StsrError(
-            f"{file} holds no registration of the microscope image, and there is no tissue_positions.parquet; copy "
-            f"binned_outputs from the output of Space Ranger"
+            f"{file} holds no registration of the microscope image or no mask, and there is no "
+            f"tissue_positions.parquet; copy binned_outputs from the output of Space Ranger"
         )
-    step = max(1, len(row) // 100_000)
-    column_row = np.stack([column[on][::step], row[on][::step], np.ones(len(row[on][::step]))])
+    row, column = np.nonzero(in_tissue)
+    step = max(1, len(row) // _SAMPLE)
+    column_row = np.stack([column[::step], row[::step], np.ones(len(row[::step]))])
     x, y, w = np.asarray(transform, float) @ column_row  # maps indices of bins to their centres, in pixels
     array_um = (column_row[:2].T + 0.5) * BIN_UM
     return fitted_to(array_um, np.stack([x / w, y / w], 1), BIN_UM, in_tissue, None, file)
