@@ -24,17 +24,16 @@ from stsr.geometry.grid import Grid
 
 UM_PER_PX, CROP_PX, MARGIN_PX, PATCH_PX = 2.0, 64, 16, 8
 CHANNELS, EXPANDED, BATCH, RATE = 96, 256, 16, 2e-3
-STAIN = 0.1  # standard deviation of the log gains of optical density
 LIGHT = 0.7, 0.25  # mean and standard deviation of the pixels, about
 
 
 class Block(nn.Module):
-    """A residual block, after halving the raster. Norms are fixed once trained, so windows do not matter."""
+    """A residual block, after halving the raster."""
 
     def __init__(self, before: int, channels: int):
         super().__init__()
         self.down = nn.Conv2d(before, channels, 4, 2, 1)
-        norms = [nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)]
+        norms = [nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)]
         convs = [nn.Conv2d(channels, channels, 3, 1, 1) for _ in norms]
         self.body = nn.Sequential(norms[0], nn.SiLU(), convs[0], norms[1], nn.SiLU(), convs[1])
 
@@ -61,7 +60,7 @@ def view(tiles: torch.Tensor, turn: int, rng: np.random.Generator) -> torch.Tens
     """A crop, shifted by less than half a patch, turned and mirrored, with gains on its optical density."""
     y, x = MARGIN_PX + rng.integers(-PATCH_PX // 2, PATCH_PX // 2 + 1, 2)
     crops = tiles[:, :, y : y + CROP_PX, x : x + CROP_PX].float() / 255
-    gains = torch.from_numpy(np.exp(rng.normal(0, STAIN, (len(tiles), 3, 1, 1))).astype(np.float32))
+    gains = torch.from_numpy(np.exp(rng.normal(0, 0.2, (len(tiles), 3, 1, 1))).astype(np.float32))
     crops = crops.clamp_min(1 / 255) ** gains
     crops = torch.rot90(crops, turn % 4, (-2, -1))
     crops = ((crops.flip(-1) if turn >= 4 else crops) - LIGHT[0]) / LIGHT[1]
@@ -101,9 +100,7 @@ def main() -> None:
     rng = np.random.default_rng(options.seed)
     torch.manual_seed(options.seed)
     tiles = read_tiles(options.stores, options.tiles, rng)
-    encoder = nn.Sequential(
-        Block(3, 24), Block(24, 64), Block(64, CHANNELS), nn.BatchNorm2d(CHANNELS, affine=False)
-    )
+    encoder = nn.Sequential(Block(3, 24), Block(24, 64), Block(64, CHANNELS), nn.GroupNorm(8, CHANNELS))
     encoder = encoder.to(memory_format=torch.channels_last)
     expander = nn.Sequential(nn.Linear(CHANNELS, EXPANDED), nn.ReLU(), nn.Linear(EXPANDED, EXPANDED))
     optimizer = torch.optim.AdamW([*encoder.parameters(), *expander.parameters()], lr=RATE, weight_decay=0.01)
@@ -131,9 +128,13 @@ def main() -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         part = tiles[torch.from_numpy(rng.permutation(len(tiles))[:512])]
-        maps = torch.cat([encoder.eval()(view(each, 0, rng)) for each in part.split(BATCH)])
-        torch.jit.save(torch.jit.trace(encoder, torch.zeros(1, 3, CROP_PX, CROP_PX)), options.output)
-        rank = effective_rank(maps.permute(0, 2, 3, 1).reshape(-1, CHANNELS))
+        maps = torch.cat([encoder(view(each, 0, rng)) for each in part.split(BATCH)])
+        exported = nn.Sequential(
+            encoder, nn.BatchNorm2d(CHANNELS, affine=False)
+        ).eval()  # to mean 0, variance 1
+        exported[1].running_mean, exported[1].running_var = maps.mean((0, 2, 3)), maps.var((0, 2, 3))
+        torch.jit.save(torch.jit.trace(exported, torch.zeros(1, 3, CROP_PX, CROP_PX)), options.output)
+        rank = effective_rank(exported[1](maps).permute(0, 2, 3, 1).reshape(-1, CHANNELS))
     colours = {"mean": [LIGHT[0]] * 3, "std": [LIGHT[1]] * 3}
     settings = {"um_per_px": UM_PER_PX, "image_px": 128, "patch_px": PATCH_PX, **colours}
     options.output.with_suffix(".json").write_text(json.dumps(settings))
