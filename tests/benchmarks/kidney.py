@@ -38,7 +38,7 @@ OWN = {"unet": {"factors": 64}}
 
 # label -> (method, settings)
 VARIANTS: dict[str, tuple[str, dict]] = {
-    f"{method}, {image_um} um": (method, {"image_um": float(image_um), **OWN.get(method, {})})
+    f"{method} {image_um} um": (method, {"image_um": float(image_um), **OWN.get(method, {})})
     for method in STEPS
     for image_um in (10, 2)
 }
@@ -99,7 +99,7 @@ class Bench:
     def trained(self, label: str, seed: int, steps: int | None, settings: list[str]) -> Path:
         """Train a variant, unless it is there."""
         method, own = VARIANTS[label]
-        model = self.work / f"{label.replace(', ', '_').replace(' ', '')}_{seed}.safetensors"
+        model = self.work / f"{label.replace(' ', '_')}_{seed}.safetensors"
         if not model.exists():
             began = time.monotonic()
             stsr.train(
