@@ -97,7 +97,7 @@ def test_patch_features_change_the_prediction(name, tiles, panel):
     method, batch = model(name, panel, features=4), replace(tiles(), image=stripes(2, 3))
     flat = torch.zeros(2, 4, 15, 15)
     marked = flat.clone()
-    marked[..., 7, 7] = 3
+    marked[..., 7, 7] = torch.arange(4.0)
     plain, changed = (predicted(method, replace(batch, features=each)) for each in (flat, marked))
     assert not torch.allclose(plain, changed, rtol=1e-3)
 

@@ -87,11 +87,12 @@ def test_cells_smaller_than_a_bin_change_the_maps():
 def test_patch_features_are_appended_in_place():
     encoder = ImageEncoder(1, 8, features=5)
     features = torch.zeros(1, 5, 6, 6)
-    features[..., 1, 4] = 1
+    features[..., 1, 4] = torch.arange(5.0)
     maps = encoder(torch.zeros(1, 3, 12, 12), features)
     assert maps.shape == (1, 11, 12, 12)
     changed = (maps[0, 3:] - maps[0, 3:, :1, :1]).abs().sum(0)
     assert changed.flatten().argmax() in [row * 12 + column for row in (2, 3) for column in (8, 9)]
+    assert torch.allclose(encoder(torch.zeros(1, 3, 12, 12), 1000 * features), maps, atol=1e-4)
     with pytest.raises(ValueError, match="needs patch features"):
         encoder(torch.zeros(1, 3, 12, 12))
 

@@ -20,7 +20,8 @@ class ImageEncoder(nn.Module):
     Every stage halves the raster by a convolution of 4 x 4 pixels, which overlap, and refines it by a residual block.
     Channels double from stage to stage up to ``channels``. What remains between the last stage and the bins (a factor
     of 1.25 for pixels of 2 um and bins of 10 um) is interpolated. If pixels are as large as bins, the maps are the
-    image itself. Patch features from another encoder are mixed down to ``channels`` and appended.
+    image itself. Patch features from another encoder are standardised pixel by pixel, because their channels differ in
+    size by orders of magnitude, mixed down to ``channels`` and appended; features of 0, as outside tissue, stay 0.
 
     Parameters
     ----------
@@ -84,7 +85,8 @@ class ImageEncoder(nn.Module):
             return maps
         if features is None:
             raise ValueError("this encoder needs patch features")
-        mixed = F.interpolate(self.mix(features), size=(height, width), mode="bilinear")  # (b, c, H, W)
+        standard = F.layer_norm(features.movedim(1, -1), features.shape[1:2]).movedim(-1, 1)
+        mixed = F.interpolate(self.mix(standard), size=(height, width), mode="bilinear")  # (b, c, H, W)
         return torch.cat([maps, mixed], 1)
 
     def _maps(self, picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
