@@ -18,6 +18,7 @@ from stsr.errors import StsrError, UsageError
 from stsr.methods import method_class
 from stsr.signals import Interrupted, interruptible
 from stsr.simulate import simulate_tissue, write_xenium
+from stsr.store.section import open_section
 from stsr.verbs.prepare.verb import prepare
 from stsr.verbs.train.config import TrainConfig, read_config, resolve
 from stsr.verbs.train.loop import ema_decay, learning_rate
@@ -73,6 +74,15 @@ def test_a_run_leaves_a_checkpoint_and_a_log(whole):
     assert all({"poisson", "lr", "seconds"} <= set(line) for line in written if "loss" in line)
     assert all(-1 <= line["val_pcc"] <= 1 for line in written if "val_pcc" in line)
     assert sorted(p.name for p in whole.with_suffix(".run").iterdir()) == ["config.json", "lock", "log.jsonl"]
+
+
+def test_a_model_has_the_depth_of_whole_sections(whole, section):
+    """Tiles are trained on half of the counts; a prediction without spots should not be half as deep."""
+    opened = open_section(section)
+    method = checkpoint.load(whole).method
+    tissue = opened.tissue.read(opened.hr.grid)
+    density = opened.hr.read(list(method.panel))[:, tissue].mean(1) * 100  # per 100 um pixel of 10 um bins
+    np.testing.assert_allclose(method.reference.sum(), density.sum(), rtol=0.25)
 
 
 def test_loss_falls(section, tmp_path):

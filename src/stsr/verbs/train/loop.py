@@ -65,6 +65,7 @@ def initial_state(job: TrainingJob) -> State:
     method = job.method(job.method_config, job.tiles.panel, job.tiles.reference)
     if job.init is not None:
         checkpoint.start_from(method, job.init)
+        method.reference.copy_(torch.from_numpy(job.tiles.reference))
     method = channels_last(method.to(job.device)).train()
     ema = copy.deepcopy(method).eval().requires_grad_(False)
     if job.config.compile and job.device.type == "cuda":

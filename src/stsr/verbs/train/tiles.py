@@ -149,6 +149,11 @@ class TrainingTiles:
         return self.sampler.count
 
     @property
+    def depth(self) -> float:
+        """Mean fraction of a section's counts that the truth of a tile holds."""
+        return _HALF * float(np.mean(self.config.depths))
+
+    @property
     def validation_count(self) -> int:
         """Number of validation tiles."""
         return len(self._held_out)
@@ -216,7 +221,7 @@ class TrainingTiles:
         for columns, density in densities.values():
             total[columns[columns >= 0]] += density[columns >= 0]
             sections[columns[columns >= 0]] += 1
-        depth = _HALF * float(np.mean(self.config.depths)) * self.requirements.per_lr**2
+        depth = self.depth * self.requirements.per_lr**2
         return np.maximum(depth * total / np.maximum(sections, 1), PLAIN_DENSITY).astype(np.float32)
 
     def _section(self, plan: Plan, counts: BinCounts, columns: np.ndarray) -> TrainingSection:
