@@ -130,7 +130,25 @@ def in_tissue(spot: np.ndarray, mask: np.ndarray, spots: int) -> np.ndarray:
 
 def gather(blocks: Iterable[np.ndarray]) -> sp.csr_matrix:
     """Counts (spots, genes) from blocks (genes in block, spots)."""
-    return sp.hstack([sp.csc_matrix(block.T) for block in blocks], format="csr", dtype=np.int32)
+    data, indices, ends = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
+    spots = 0
+    for block in blocks:
+        part = sp.csc_matrix(block.T, dtype=np.int32)  # (spots, genes in block)
+        data.append(part.data)
+        indices.append(part.indices)
+        ends.append(ends[-1][-1] + part.indptr[1:].astype(np.int64))
+        spots = part.shape[0]
+    pointers = np.concatenate(ends)
+    # Each list of pieces is freed before the next is joined: the bins of a whole slide are 2 GB.
+    whole = sp.csc_matrix((_joined(data), _joined(indices), pointers), shape=(spots, len(pointers) - 1))
+    return whole.tocsr()
+
+
+def _joined(pieces: list[np.ndarray]) -> np.ndarray:
+    """One array of the pieces, whose list is emptied."""
+    whole = np.concatenate(pieces)
+    pieces.clear()
+    return whole
 
 
 def spots_of(
