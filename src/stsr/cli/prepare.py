@@ -53,6 +53,9 @@ def prepare(
     refine: Annotated[
         bool, typer.Option(help="Refine the H&E alignment by registering nuclei to transcripts.")
     ] = True,
+    organ: Annotated[
+        str | None, typer.Option(help="Organ of the section; training balances sections by it.")
+    ] = None,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -73,6 +76,7 @@ def prepare(
         genes=None if wanted == [ALL_GENES] else wanted,
         refine=refine,
         seed=seed,
+        organ=organ,
         progress=console.progress,
         warn=console.warn,
     )

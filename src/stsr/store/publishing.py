@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ def create(
     overwrite: bool = False,
     um_per_unit: float = 1.0,
     coordinate_system: str = "global",
+    attributes: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a new section store.
 
@@ -67,6 +68,8 @@ def create(
         Replace an existing store.
     um_per_unit, coordinate_system
         The section's coordinate system, and the um per unit of it.
+    attributes
+        Further attributes of the store.
 
     Returns
     -------
@@ -94,11 +97,12 @@ def create(
         consolidate(work.new)  # spatialdata does not, if ``update_sdata_path`` is false
         record = {name: {"origin": names.MEASURED, **entry} for name, entry in provenance.items()}
         stamp = {"written": _now()}
-        attributes = {
+        root_attributes = {
+            **(attributes or {}),
             names.ATTRS_KEY: {name: _plain({**entry, **stamp}) for name, entry in record.items()},
             names.FRAME_KEY: {"coordinate_system": coordinate_system, "um_per_unit": float(um_per_unit)},
         }
-        edit_root(work.new, work.path, lambda root: root.update(attributes))
+        edit_root(work.new, work.path, lambda root: root.update(root_attributes))
         with locked(store):
             _check_target(store, path, overwrite)
             if store.exists():

@@ -201,9 +201,10 @@ def test_mirrored_alignment_is_suspected(broken, tmp_path):
 
 
 def test_the_command_line_is_kept_with_every_option(folder, tmp_path):
-    prepare(folder, tmp_path / "s.zarr", genes=["LUM"], refine=False)
-    arguments = open_section(tmp_path / "s.zarr").provenance["spots"]["arguments"]
-    assert arguments.endswith("--genes LUM --no-refine")
+    prepare(folder, tmp_path / "s.zarr", genes=["LUM"], refine=False, organ="Breast")
+    made = open_section(tmp_path / "s.zarr")
+    assert made.provenance["spots"]["arguments"].endswith("--genes LUM --organ Breast --no-refine")
+    assert made.organ == "breast"
     image, csv = (folder / name for name in ("he_image.ome.tif", "he_imagealignment.csv"))
     job = PrepareJob(
         path=folder,

@@ -37,6 +37,7 @@ class PrepareJob:
     bin_um: float = 10.0
     refine: bool = True
     seed: int = 0
+    organ: str | None = None
     overwrite: bool = False
 
     def __post_init__(self):
@@ -63,6 +64,8 @@ class PrepareJob:
             words += ["--genes", ",".join(options.genes)]
         if self.seed:
             words += ["--seed", str(self.seed)]
+        if self.organ:
+            words += ["--organ", self.organ]
         if not self.refine:
             words.append("--no-refine")
         if self.overwrite:

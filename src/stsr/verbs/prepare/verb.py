@@ -38,6 +38,7 @@ def prepare(
     spots: str | None = None,
     bin_um: float = 10.0,
     seed: int = 0,
+    organ: str | None = None,
     overwrite: bool = False,
     min_qv: float = 20.0,
     genes: list[str] | None = None,
@@ -71,6 +72,8 @@ def prepare(
         High-resolution bin, um; must divide 100 um, or for Visium HD be 8 or 16 um.
     seed
         Of the half of the counts that simulated spots of Visium HD take.
+    organ
+        Name of the organ, by which `stsr.train` balances sections.
     overwrite
         Replace an existing store.
     min_qv
@@ -107,6 +110,7 @@ def prepare(
         spots=spots,
         bin_um=bin_um,
         seed=seed,
+        organ=organ,
         refine=refine,
         overwrite=overwrite,
     )
@@ -128,7 +132,10 @@ def _run(job: PrepareJob, progress: Progress, tell: Report) -> Path:
         made = {"command": "prepare", "arguments": job.command, "platform": source.platform, **source.facts}
         provenance = {name: {**facts, **made} for name, facts in section.provenance.items()}
         progress(0, 1, "writing the store")
-        publishing.create(job.output, elements.store_of(section.parts), provenance, job.overwrite)
+        named = {names.ORGAN_KEY: job.organ.strip().lower()} if job.organ else {}
+        publishing.create(
+            job.output, elements.store_of(section.parts), provenance, job.overwrite, attributes=named
+        )
         progress(1, 1, "writing the store")
     return job.output
 
