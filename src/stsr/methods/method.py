@@ -127,7 +127,7 @@ class Method(nn.Module, ABC):
     @property
     def requirements(self) -> Requirements:
         """The tiles that the method needs."""
-        return self.config.requirements(self.panel) if self.learns else Requirements(self.panel)
+        return self.config.requirements(self.panel)
 
     def encode(self, batch: Batch) -> torch.Tensor:
         """Encode the image, and patch features if there are any, as maps (b, c, H, W) on the bins."""

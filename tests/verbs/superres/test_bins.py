@@ -6,12 +6,12 @@ import pytest
 from stsr.errors import UsageError
 from stsr.geometry.grid import add_up
 from stsr.methods.batch import Requirements
-from stsr.methods.interpolation import Bicubic
 from stsr.store import names
 from stsr.store.section import open_section
 from stsr.verbs.prepare.verb import prepare
 from stsr.verbs.superres.job import _factor
 from stsr.verbs.superres.verb import superres
+from stsr.verbs.train.verb import train
 
 EIGHT = Requirements(("A",), bin_um=8.0, image_um=8.0, lr_um=96.0)
 
@@ -31,10 +31,7 @@ def test_scales_of_bins_of_8_um():
         assert names.bin_um_of(names.result_name("superres", scale)) == bin_um
 
 
-def test_maps_in_bins_of_8_um_lie_on_the_measured_ones(square, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        Bicubic, "requirements", property(lambda self: Requirements(self.panel, 8.0, 8.0, lr_um=96.0))
-    )
+def test_maps_in_bins_of_8_um_lie_on_the_measured_ones(square, tmp_path):
     store = prepare(square, tmp_path / "s.zarr", bin_um=8, spots="square", refine=False)
     genes = open_section(store).hr.genes[:3]
     done = superres(store, method="bicubic", scale=12.5, genes=genes)
@@ -55,6 +52,27 @@ def test_maps_in_bins_of_8_um_lie_on_the_measured_ones(square, tmp_path, monkeyp
     assert read.grid == grid
     both = (read.read() > 0) & (add_up(section.support(section.hr.grid).astype(int), 3) == 9)
     assert both.any() and np.allclose(read.read()[both], added[both], rtol=1e-4)
+
+
+def test_a_model_of_bins_of_8_um_is_trained_and_used(square, tmp_path):
+    store = prepare(square, tmp_path / "s.zarr", bin_um=8, spots="square", refine=False)
+    tiny = {
+        "steps": 2,
+        "batch": 2,
+        "train_tile_lr": 3,
+        "tissue": 0,
+        "widths": [8],
+        "factors": 4,
+        "tile_lr": 4,
+    }
+    config = {**tiny, "overlap_lr": 2, "bin_um": 8, "image_um": 2, "image_channels": 8, "genes": 5}
+    model = train([store], tmp_path / "m.safetensors", method="unet", config=config, val=0)
+    done = superres(store, model=model, scale=12.5)
+    section = open_section(store)
+    maps = section.map(done.element)
+    assert maps.grid == section.hr.grid and maps.read().max() > 0
+    with pytest.raises(UsageError, match=r"choose one of 12\.5"):
+        superres(store, model=model, scale=10)
 
 
 def test_own_bins_are_spots_that_maps_add_up_to(square, tmp_path):

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 from stsr import metrics
 from stsr.errors import StsrError
-from stsr.geometry.grid import LR_UM, Grid
+from stsr.geometry.grid import Grid, raster_um
 from stsr.store import catalogue, discovery, names
 from stsr.store.parts import Cells, Spots
 from stsr.store.section import Section
@@ -94,8 +94,9 @@ def bilinear_values(spots: Spots, grid: Grid, shares: sp.csr_matrix, genes: Sequ
     ValueError
         If the grid is not a whole number of low-resolution pixels.
     """
-    lr, mask = spots.measurement(grid).raster(spots.select(genes))  # (g, h, w), (1, h, w)
-    coarse = grid.at(LR_UM)
+    lr_um = raster_um(grid.bin_um)
+    lr, mask = spots.measurement(grid).raster(spots.select(genes), lr_um)  # (g, h, w), (1, h, w)
+    coarse = grid.at(lr_um)
     factor = grid.height // coarse.height
     lines = sp.kron(_linear(coarse.height, factor), _linear(coarse.width, factor), format="csr")
     pixels = lr.reshape(len(genes), -1)[:, _nearest_known(mask[0] > 0)].T  # (pixels, g)

@@ -15,7 +15,7 @@ import shapely
 
 from stsr.errors import UsageError
 from stsr.files import replacing
-from stsr.geometry.grid import LR_UM, Grid
+from stsr.geometry.grid import Grid, raster_um
 from stsr.progress import Progress, Report, silent
 from stsr.store import elements, names, publishing
 from stsr.store.section import open_section
@@ -265,7 +265,7 @@ def _scores(job: Job, measured: Measured, counts: np.ndarray, region: Region | N
 def _has_whole_lr_pixels(grid: Grid) -> bool:
     """Whether the grid is a whole number of low-resolution pixels, as interpolation needs."""
     try:
-        grid.at(LR_UM)
+        grid.at(raster_um(grid.bin_um))
     except ValueError:
         return False
     return True

@@ -10,9 +10,13 @@ import torch
 
 from stsr import checkpoint
 from stsr.errors import UsageError
+from stsr.geometry.grid import LR_UM, raster_um
 from stsr.methods import method_class
 from stsr.methods.method import Method, channels_last
 from stsr.store.section import Section
+
+DEFAULT_BIN_UM = 10.0
+"""Bins of methods that need no training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +71,15 @@ def load(
         )
     if section.spots is None or not use_lr:
         raise UsageError(f"{method} needs measured spots and {section.path.name} has none; use a model")
-    baseline = chosen(panel=tuple(section.spots.genes)).eval()
+    config = chosen.Config(bin_um=_bins_of(section))
+    baseline = chosen(config, tuple(section.spots.genes)).eval()
     return Loaded(method=baseline, name=method, model=method, digest=None, device=device)
+
+
+def _bins_of(section: Section) -> float:
+    """Bins of 10 um, or those of a section whose bins do not add up to 100 um, such as 8 um of Visium HD."""
+    own = None if section.hr is None else section.hr.grid.bin_um
+    return own if own is not None and raster_um(own) != LR_UM else DEFAULT_BIN_UM
 
 
 def configure_sampling(

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import scipy.sparse as sp
 
-from stsr.geometry.grid import LR_UM, Grid
+from stsr.geometry.grid import Grid, raster_um
 from stsr.geometry.lattice import VISIUM_PITCH_UM, VISIUM_SPOT_UM, hexagonal_lattice
 from stsr.geometry.measurement import Measurement
 
@@ -18,8 +18,13 @@ _WHOLE = 1 - 1e-4  # fraction of a spot's area that must be measured
 
 
 def _squares(grid: Grid) -> list[np.ndarray]:
-    x, y = grid.at(LR_UM).centres_um()
+    """Centres of the low-resolution pixels."""
+    x, y = grid.at(raster_um(grid.bin_um)).centres_um()
     return [np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)]
+
+
+def _measure_squares(grid: Grid, centres_um: np.ndarray) -> Measurement:
+    return Measurement.squares(grid, centres_um, raster_um(grid.bin_um))
 
 
 def _hexagons(grid: Grid) -> list[np.ndarray]:
@@ -37,7 +42,7 @@ def _hexagons(grid: Grid) -> list[np.ndarray]:
 
 
 _LATTICES: dict[str, tuple[Callable[[Grid], list[np.ndarray]], Callable[[Grid, np.ndarray], Measurement]]] = {
-    "square": (_squares, Measurement.squares),
+    "square": (_squares, _measure_squares),
     "visium": (_hexagons, Measurement.discs),
 }
 SPOT_KINDS = tuple(_LATTICES)
