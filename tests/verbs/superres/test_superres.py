@@ -345,6 +345,27 @@ def test_genes_outside_the_panel_follow_their_look_alikes(store, any_model):
     assert open_section(path).provenance["superres_x10"]["genes_outside_panel"] == 1
 
 
+@pytest.mark.parametrize("alike", ["LUM", "EPCAM"])
+def test_a_gene_outside_the_panel_is_mapped_like_the_gene_with_its_spots(store, models, monkeypatch, alike):
+    path = store()
+    spots = open_section(path).spots
+    counts = spots.counts.tolil()
+    counts[:, spots.genes.index("CD68")] = counts[:, spots.genes.index(alike)]
+    copied = replace(spots, counts=counts.tocsr())
+    monkeypatch.setattr(Section, "spots", property(lambda section: copied))
+    superres(path, model=models["corrdiff"], genes=["CD68", "LUM", "EPCAM"], samples=1, consistency=False)
+    superres(path, method="bilinear", genes=["CD68"], consistency=False, name="plain")
+    maps = dict(zip(("CD68", "LUM", "EPCAM", "spots"), [*read(path), *read(path, "plain")], strict=True))
+    inside = maps["spots"] > 0
+    found, own, plain, other = (
+        np.log(maps[gene][inside]) for gene in ("CD68", alike, "spots", "EPCAM" if alike == "LUM" else "LUM")
+    )
+    assert np.corrcoef(found, own)[0, 1] > 0.95
+    # Its spots alone would give the same correlation with the gene it copies, but not the detail from the image.
+    assert np.corrcoef(found - plain, own - plain)[0, 1] > 0.8
+    assert np.corrcoef(found - plain, other - plain)[0, 1] < 0.8
+
+
 def test_baselines_need_no_model(store):
     path = store()
     result = superres(path, method="bicubic", genes=["all"])
