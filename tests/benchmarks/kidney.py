@@ -6,6 +6,9 @@ right 2 mm are kept out of training and validation, with a gap; models are train
 of 2 um, and predict the right part from spots and image, without consistency. Scored are the 200 genes with the most
 counts elsewhere (without mitochondrial ones), in bins of 20, 40 and 80 um.
 
+`unet breast` and `unet kidney and breast` show a foreign and a second organ (`--breast DATA`); without an own gene, a
+model maps a gene like the genes of its panel with similar spots.
+
 It may be interrupted and run again: models and the rows of RUNS/kidney/scores.csv are reused. `--print` only prints.
 """
 
@@ -28,6 +31,9 @@ from stsr.methods.method import interpolated
 from stsr.spots.denoising import denoise
 from stsr.store.section import Section, open_section
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from default_model import REGIONS as breast_regions
+
 UNSEEN_UM = (4800.0, 0.0, 6700.0, 3700.0)  # ends where bins were measured
 REGIONS = {"kidney": {"exclude": [UNSEEN_UM], "validation": [[3800, 0, 4400, 1200]]}}
 GENES = 200
@@ -36,11 +42,16 @@ SETTINGS = {"gap_lr": 2, "select": "last", "validation_tiles": 16, "storage": "f
 STEPS = {"unet": 1200, "c3diff": 600, "diffst": 600}
 OWN = {"unet": {"factors": 64}}
 
-# label -> (method, settings)
-VARIANTS: dict[str, tuple[str, dict]] = {
-    f"{method} {image_um} um": (method, {"image_um": float(image_um), **OWN.get(method, {})})
+BREAST = ("xenium_same_he", "xenium_serial_he")
+
+# label -> (method, settings, organs)
+VARIANTS: dict[str, tuple[str, dict, str]] = {
+    f"{method} {image_um} um": (method, {"image_um": float(image_um), **OWN.get(method, {})}, "kidney")
     for method in STEPS
     for image_um in (10, 2)
+} | {
+    f"unet {organs}": ("unet", {"image_um": 2.0, **OWN["unet"]}, organs)
+    for organs in ("kidney and breast", "breast")
 }
 
 
@@ -49,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("runs", type=Path)
+    parser.add_argument("--breast", type=Path, help="folder with the Xenium sections of the default model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="LABEL[,LABEL]")
     parser.add_argument("--steps", type=int, help="instead of the steps of each method")
@@ -61,7 +73,7 @@ def main() -> None:
     labels = list(VARIANTS) if asked.only is None else [label.strip() for label in asked.only]
     if unknown := set(labels) - set(VARIANTS) - {""}:
         parser.error(f"no variant is called {', '.join(unknown)}; there are: {'; '.join(VARIANTS)}")
-    bench = Bench(asked.folder, asked.runs)
+    bench = Bench(asked.folder, asked.runs, asked.breast)
     if not asked.print:
         bench.score("bilinear", 0, method="bilinear")
         bench.score_denoised()
@@ -77,12 +89,13 @@ def main() -> None:
 class Bench:
     """The section, its unseen part, and the scores so far."""
 
-    def __init__(self, folder: Path, runs: Path):
+    def __init__(self, folder: Path, runs: Path, breast: Path | None):
+        self.runs, self.breast = runs, breast
         self.store = runs / "kidney.zarr"
         self.work = runs / "kidney"
         self.work.mkdir(parents=True, exist_ok=True)
         if not self.store.exists():
-            stsr.prepare(folder, self.store, spots="visium")
+            stsr.prepare(folder, self.store, spots="visium", organ="kidney")
         section = open_section(self.store)
         assert section.hr is not None
         self.area: Grid = section.hr.grid.crop_um(*UNSEEN_UM)
@@ -98,23 +111,40 @@ class Bench:
 
     def trained(self, label: str, seed: int, steps: int | None, settings: list[str]) -> Path:
         """Train a variant, unless it is there."""
-        method, own = VARIANTS[label]
+        method, own, organs = VARIANTS[label]
         model = self.work / f"{label.replace(' ', '_')}_{seed}.safetensors"
         if not model.exists():
             began = time.monotonic()
+            sections = [self.store] if "kidney" in organs else []
+            genes = self.genes if "kidney" in organs else []
+            if "breast" in organs:
+                sections, genes = self._with_breast(sections, genes)
+            used = {section.stem for section in sections}
             stsr.train(
-                [self.store],
+                sections,
                 model,
                 method=method,
-                config={**SETTINGS, **own, "genes": self.genes},
+                config={**SETTINGS, **own, "genes": genes},
                 settings=settings,
                 steps=steps or STEPS[method],
-                regions=REGIONS,
+                regions={name: own for name, own in (REGIONS | breast_regions).items() if name in used},
                 seed=seed,
                 progress=lambda done, total, text: print(f"{label} {seed}: {text}", file=sys.stderr),
             )
             print(f"{label} {seed}: {(time.monotonic() - began) / 60:.1f} minutes", file=sys.stderr)
         return model
+
+    def _with_breast(self, sections: list[Path], genes: list[str]) -> tuple[list[Path], list[str]]:
+        """Add the breast sections, prepared if they are not, and their panel."""
+        if self.breast is None:
+            sys.exit("give the folder with the breast sections: --breast DATA")
+        stores = [self.runs / f"{name}.zarr" for name in BREAST]
+        for store in stores:
+            if not store.exists():
+                stsr.prepare(self.breast / store.stem, store, organ="breast")
+        hr = open_section(stores[0]).hr
+        assert hr is not None
+        return [*sections, *stores], list(dict.fromkeys([*genes, *hr.genes]))
 
     def score(self, label: str, seed: int, **options) -> None:
         """Predict the unseen part and add a row per bin size, unless they are there."""
@@ -126,7 +156,7 @@ class Bench:
             self.store,
             genes=self.genes,
             region=UNSEEN_UM,
-            samples=1 if label == "bilinear" else None,
+            samples=1,
             consistency=False,
             overwrite=True,
             **options,
