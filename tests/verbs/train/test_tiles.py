@@ -217,6 +217,13 @@ def test_a_share_of_the_tiles_looks_like_a_coarser_scan():
     assert 0 < (some < sharp.min()).sum() < 12
 
 
+def test_a_panel_that_fits_no_memory_is_refused():
+    section = FakeSection(genes=[f"g{number}" for number in range(10)])
+    with pytest.raises(UsageError, match=r"with 10 genes takes 1\.1 GB; .* --set genes=1000"):
+        tiles_of([section], NEEDS, batch=30000)
+    assert len(tiles_of([section], NEEDS, batch=30000, genes=5).panel) == 5
+
+
 def test_the_generator_alone_decides():
     tiles = tiles_of([FakeSection()], NEEDS)
     a, b, c = (tiles.batch(4, generator(seed)) for seed in (5, 5, 6))

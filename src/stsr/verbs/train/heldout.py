@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
-from stsr.errors import UsageError
+from stsr.errors import StsrError, UsageError
 from stsr.geometry.grid import Grid
 from stsr.methods.batch import Requirements
 from stsr.store.section import Section
 from stsr.verbs.train.config import TrainConfig
 
+_REGION_KEYS = ("exclude", "validation")
 _SNAP = 1e-6  # bins; a coordinate this close to the edge of a bin is on the edge
 _LEFT_OVER = 0.75  # fraction of the training tiles that an automatic gap must leave
 _COVERED = 0.99  # fraction of a tile that must lie in the image
@@ -263,3 +265,33 @@ def window_starts(grid: Grid, shift: tuple[int, int], side_lr: int, per_lr: int)
     height, width = ((size - start) // per_lr for size, start in zip(grid.shape, shift, strict=True))
     rows, columns = np.arange(height - side_lr + 1), np.arange(width - side_lr + 1)
     return np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2) * per_lr + np.array(shift)
+
+
+def check_plans(plans: Sequence[Plan], tile_um: float, validation: bool) -> None:
+    """Check that training tiles are left, and validation tiles if they are wanted."""
+    if not any(len(plan.starts) for plan in plans):
+        raise StsrError(
+            f"no tile of {tile_um:g} um with tissue is left for training; "
+            "give larger sections, a smaller train_tile_lr or --val 0"
+        )
+    if validation and not any(len(plan.held_out) for plan in plans):
+        raise StsrError(
+            "no section is large enough for a validation area; give larger sections, or --val 0 for none"
+        )
+
+
+def checked_regions(regions: dict | None, sections: Sequence[Section]) -> dict[str, dict]:
+    """Check regions and index them by section name."""
+    names = [section.name for section in sections]
+    if len(set(names)) < len(names):
+        raise UsageError("two of the sections have the same name; rename one of the stores")
+    named = {Path(str(key)).name.removesuffix(".zarr"): own for key, own in (regions or {}).items()}
+    for name, own in named.items():
+        if name not in names:
+            raise UsageError(
+                f"there are regions for {name!r}, which is not one of the sections: {', '.join(names)}"
+            )
+        wrong = set(own) - set(_REGION_KEYS) if isinstance(own, dict) else {str(own)}
+        if wrong:
+            raise UsageError(f"regions must be {' or '.join(_REGION_KEYS)}, not {wrong.pop()!r}")
+    return named

@@ -6,25 +6,24 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from stsr.errors import StsrError, UsageError
+from stsr.errors import UsageError
 from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements, cut
 from stsr.store.parts import FeatureMap
 from stsr.store.section import Section
 from stsr.verbs.train.augmentation import COARSE_UM, coarsened, stained, turned, turned_places
 from stsr.verbs.train.config import TrainConfig
 from stsr.verbs.train.counts import BinCounts, read_counts
-from stsr.verbs.train.heldout import Plan, plan_section, window_shares
+from stsr.verbs.train.heldout import Plan, check_plans, checked_regions, plan_section, window_shares
 from stsr.verbs.train.panel import candidates, most_expressed
 from stsr.verbs.train.sampling import Places, Sampler
 from stsr.verbs.train.section import TrainingSection, check_section
 from stsr.verbs.train.spots import lattices_of, mean_weights
 
-_REGION_KEYS = ("exclude", "validation")
+_LARGEST_BATCH = 10**9  # bytes of the truth; up to three batches are in memory
 _HALF = 0.5  # of the counts are in the spots, the others are the truth
 
 
@@ -113,7 +112,7 @@ class TrainingTiles:
             raise UsageError(
                 f"the validation fraction must be at least 0 and below 1, not {val:g}; give --val 0.15"
             )
-        regions = _regions(regions, sections)
+        regions = checked_regions(regions, sections)
         self.requirements = requirements
         self.config = config
         self._features = features or {}
@@ -124,7 +123,7 @@ class TrainingTiles:
         ]
         self.gaps_lr = [plan.gap_lr for plan in plans]
         wanted = val > 0 or any("validation" in own for own in regions.values())
-        _check_plans(plans, config.train_tile_lr * requirements.lr_um, wanted)
+        check_plans(plans, config.train_tile_lr * requirements.lr_um, wanted)
         self._lattices = [
             lattices_of(kind, config.train_tile_lr, requirements.bin_um, requirements.lr_um)
             for kind in config.spots
@@ -196,6 +195,7 @@ class TrainingTiles:
         genes = [plan.section.hr.genes if plan.section.hr else [] for plan in plans]
         trained = [number for number, plan in enumerate(plans) if len(plan.starts)]
         names = candidates([genes[number] for number in trained], self.config)
+        self._check_size(len(names))
         wanted = set(names)
         own = [[gene for gene in measured if gene in wanted] for measured in genes]
         counts = [read_counts(plan.section, part, plan.grid) for plan, part in zip(plans, own, strict=True)]
@@ -214,6 +214,17 @@ class TrainingTiles:
             self._section(plan, read, column)
             for plan, read, column in zip(plans, counts, columns, strict=True)
         ]
+
+    def _check_size(self, genes: int) -> None:
+        """Refuse a panel of so many genes that a batch would not fit in memory."""
+        chosen = self.config.genes
+        genes = min(genes, chosen) if isinstance(chosen, int) and chosen else genes
+        size = self.config.batch * genes * self.side**2 * 4
+        if size > _LARGEST_BATCH:
+            raise UsageError(
+                f"a batch of {self.config.batch} tiles with {genes:,} genes takes {size / 1e9:.1f} GB; train the most "
+                "expressed genes with --set genes=1000, or set a smaller batch"
+            )
 
     def _reference(self, densities: dict[int, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         """`reference`, from the columns and the mean counts per bin of the genes of each section."""
@@ -363,39 +374,9 @@ class TrainingTiles:
         return np.ascontiguousarray(turned(lr, tile.turn)), np.ascontiguousarray(turned(mask, tile.turn))
 
 
-def _check_plans(plans: Sequence[Plan], tile_um: float, validation: bool) -> None:
-    """Check that training tiles are left, and validation tiles if they are wanted."""
-    if not any(len(plan.starts) for plan in plans):
-        raise StsrError(
-            f"no tile of {tile_um:g} um with tissue is left for training; "
-            "give larger sections, a smaller train_tile_lr or --val 0"
-        )
-    if validation and not any(len(plan.held_out) for plan in plans):
-        raise StsrError(
-            "no section is large enough for a validation area; give larger sections, or --val 0 for none"
-        )
-
-
 def _density(counts: BinCounts, area: np.ndarray) -> np.ndarray:
     """Mean counts (genes,) per bin of an area (height, width) bool."""
     return counts.weighted(area[None])[0] / max(int(area.sum()), 1)
-
-
-def _regions(regions: dict | None, sections: Sequence[Section]) -> dict[str, dict]:
-    """Check regions and index them by section name."""
-    names = [section.name for section in sections]
-    if len(set(names)) < len(names):
-        raise UsageError("two of the sections have the same name; rename one of the stores")
-    named = {Path(str(key)).name.removesuffix(".zarr"): own for key, own in (regions or {}).items()}
-    for name, own in named.items():
-        if name not in names:
-            raise UsageError(
-                f"there are regions for {name!r}, which is not one of the sections: {', '.join(names)}"
-            )
-        wrong = set(own) - set(_REGION_KEYS) if isinstance(own, dict) else {str(own)}
-        if wrong:
-            raise UsageError(f"regions must be {' or '.join(_REGION_KEYS)}, not {wrong.pop()!r}")
-    return named
 
 
 def _spread(tiles: list[Tile], most: int) -> list[Tile]:
