@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from stsr.diffusion.noise import TileNoise
-from stsr.geometry.grid import raster_um
-from stsr.methods.batch import Batch, Requirements
-from stsr.methods.method import Method, interpolated
-
-
-@dataclass(frozen=True)
-class InterpolationConfig:
-    """Settings of interpolation.
-
-    Parameters
-    ----------
-    bin_um
-        Size of bins, um.
-    """
-
-    bin_um: float = 10.0
-
-    def requirements(self, panel: tuple[str, ...]) -> Requirements:
-        """Tiles of these bins; the image is not read."""
-        return Requirements(panel, bin_um=self.bin_um, image_um=self.bin_um, lr_um=raster_um(self.bin_um))
+from stsr.methods.batch import Batch
+from stsr.methods.method import BinConfig, Method, interpolated
 
 
 class Interpolation(Method):
     """Interpolation of the low-resolution raster; the caller enforces consistency with the spots."""
 
-    Config = InterpolationConfig
+    Config = BinConfig
     learns = False
     mode: ClassVar[str]
 

@@ -24,13 +24,30 @@ IMAGE_MEAN, IMAGE_SPREAD = 0.7, 0.25
 
 
 @dataclass(frozen=True)
-class TileConfig:
-    """What a method that learns reads of a tile.
+class BinConfig:
+    """What a method without parameters needs.
 
     Parameters
     ----------
-    bin_um, image_um
-        Size of bins and of image pixels, um.
+    bin_um
+        Size of bins, um.
+    """
+
+    bin_um: float = 10.0
+
+    def requirements(self, panel: tuple[str, ...]) -> Requirements:
+        """Tiles of these bins; the image is not used."""
+        return Requirements(panel, bin_um=self.bin_um, image_um=self.bin_um, lr_um=raster_um(self.bin_um))
+
+
+@dataclass(frozen=True)
+class TileConfig(BinConfig):
+    """What a method that learns reads of a tile, in addition to `BinConfig`.
+
+    Parameters
+    ----------
+    image_um
+        Size of image pixels, um.
     image_channels
         Channels into which the image encoder turns the pixels of a bin; without effect if pixels are as large as bins.
     features, features_um
@@ -45,7 +62,6 @@ class TileConfig:
         If a value is out of range.
     """
 
-    bin_um: float = 10.0
     image_um: float = 10.0
     image_channels: int = 48
     features: int = 0
