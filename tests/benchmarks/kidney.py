@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument(
         "--model", action="append", default=[], metavar="LABEL=FILE", help="score another model"
     )
+    parser.add_argument("--features", type=Path, help="patch features or their encoder, for all trainings")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--print", action="store_true", help="only print the table of what is scored")
     asked = parser.parse_args()
@@ -81,8 +82,9 @@ def main() -> None:
             bench.score(label, 0, model=file)
         for seed in asked.seeds:
             for label in filter(None, labels):
-                model = bench.trained(label, seed, asked.steps, asked.settings)
-                bench.score(label, seed, model=model)
+                name = f"{label} {asked.features.stem}" if asked.features else label
+                model = bench.trained(label, name, seed, asked.steps, asked.settings, asked.features)
+                bench.score(name, seed, model=model)
     bench.print()
 
 
@@ -109,10 +111,12 @@ class Bench:
         path = self.work / "scores.csv"
         return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["label", "seed"])
 
-    def trained(self, label: str, seed: int, steps: int | None, settings: list[str]) -> Path:
+    def trained(
+        self, label: str, name: str, seed: int, steps: int | None, settings: list[str], features: Path | None
+    ) -> Path:
         """Train a variant, unless it is there."""
         method, own, organs = VARIANTS[label]
-        model = self.work / f"{label.replace(' ', '_')}_{seed}.safetensors"
+        model = self.work / f"{name.replace(' ', '_')}_{seed}.safetensors"
         if not model.exists():
             began = time.monotonic()
             sections = [self.store] if "kidney" in organs else []
@@ -129,9 +133,10 @@ class Bench:
                 steps=steps or STEPS[method],
                 regions={name: own for name, own in (REGIONS | breast_regions).items() if name in used},
                 seed=seed,
-                progress=lambda done, total, text: print(f"{label} {seed}: {text}", file=sys.stderr),
+                features=[features] if features else (),
+                progress=lambda done, total, text: print(f"{name} {seed}: {text}", file=sys.stderr),
             )
-            print(f"{label} {seed}: {(time.monotonic() - began) / 60:.1f} minutes", file=sys.stderr)
+            print(f"{name} {seed}: {(time.monotonic() - began) / 60:.1f} minutes", file=sys.stderr)
         return model
 
     def _with_breast(self, sections: list[Path], genes: list[str]) -> tuple[list[Path], list[str]]:
