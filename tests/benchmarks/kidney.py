@@ -45,14 +45,27 @@ OWN = {"unet": {"factors": 64}}
 BREAST = ("xenium_same_he", "xenium_serial_he")
 
 # label -> (method, settings, organs)
-VARIANTS: dict[str, tuple[str, dict, str]] = {
-    f"{method} {image_um} um": (method, {"image_um": float(image_um), **OWN.get(method, {})}, "kidney")
-    for method in STEPS
-    for image_um in (10, 2)
-} | {
-    f"unet {organs}": ("unet", {"image_um": 2.0, **OWN["unet"]}, organs)
-    for organs in ("kidney and breast", "breast")
-}
+VARIANTS: dict[str, tuple[str, dict, str]] = (
+    {
+        f"{method} {image_um} um": (method, {"image_um": float(image_um), **OWN.get(method, {})}, "kidney")
+        for method in STEPS
+        for image_um in (10, 2)
+    }
+    | {
+        f"unet {label}": ("unet", {"image_um": 2.0, **OWN["unet"], **own}, "kidney")
+        for label, own in {
+            "4 um": {"image_um": 4.0},
+            "1 um": {"image_um": 1.0},
+            "2 um wide": {"widths": [48, 72, 96]},
+            "2 um narrow encoder": {"image_channels": 24},
+            "2 um wide encoder": {"image_channels": 96},
+        }.items()
+    }
+    | {
+        f"unet {organs}": ("unet", {"image_um": 2.0, **OWN["unet"]}, organs)
+        for organs in ("kidney and breast", "breast")
+    }
+)
 
 
 def main() -> None:
