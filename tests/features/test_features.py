@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -318,12 +319,13 @@ def test_features_lie_on_the_counts_of_a_tile_however_it_is_turned(trained, enco
     needs = Requirements((), features=4, features_um=20.0)
     config = TrainConfig(train_tile_lr=3, spots=("square",), tissue=0.5, stain=0)
     tiles = TrainingTiles([section], needs, config, val=0, features={section.name: found})
-    own, phase, starts = tiles._pools[-1]  # shifted by half a low-resolution pixel
-    start = tuple(starts[len(starts) // 2].tolist())
-    plain = tiles._assemble([(own, phase, 0, start, 0, None)])
+    starts = tiles.sampler.places[0].starts
+    start = tuple(next(start for start in starts.tolist() if start[0] % 10))  # within a low-resolution pixel
+    drawn = replace(tiles._drawn(0, *start, np.random.default_rng(0)), turn=0)
+    plain = tiles._assemble([drawn])
     assert plain.features.shape == (1, 4, 15, 15) and plain.features.std() > 0.02
     for turn in range(8):
-        batch = tiles._assemble([(own, phase, 0, start, turn, None)])
+        batch = tiles._assemble([replace(drawn, turn=turn)])
         for part in ("image", "features", "hr"):
             assert np.array_equal(getattr(batch, part), turned(getattr(plain, part).numpy(), turn)), part
     red = F.avg_pool2d(plain.image[:, :1].float() / 255, 2)

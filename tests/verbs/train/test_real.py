@@ -22,7 +22,7 @@ def section(real_data, tmp_path_factory):
 
 @pytest.mark.parametrize("image_um", [2.0, 4.0, 10.0])
 def test_tiles_are_crops_of_the_whole_section(section, image_um):
-    config = TrainConfig(spots=("square",), stain=0, flips=False)
+    config = TrainConfig(spots=("square",), stain=0, coarse=0, flips=False)
     tiles = TrainingTiles([section], Requirements((), image_um=image_um), config)
     whole = section.image.read(section.grid(10.0).at(image_um))
     counts = section.hr.read(list(tiles.panel), section.grid(10.0)).astype(np.float32)
