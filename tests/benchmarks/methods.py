@@ -197,7 +197,7 @@ class Trainer:
         tiles = TrainingTiles(
             [open_section(store) for store in self.stores], Requirements(()), config, regions=REGIONS
         )
-        return dict(zip(tiles.panel, tiles.reference.tolist(), strict=True))
+        return dict(zip(tiles.panel, (tiles.reference / tiles.depth).tolist(), strict=True))
 
 
 class Scorer:

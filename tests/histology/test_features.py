@@ -135,8 +135,13 @@ def test_arrays_that_cannot_be_placed_are_refused(tmp_path, image, values, attri
 
 
 def test_a_patch_more_or_less_is_accepted(tmp_path, image):
+    x0, y0, x1, y1 = image.bounds_um
+    middle = Grid((x0 + x1) / 2 - 20, (y0 + y1) / 2 - 20, 10.0, 4, 4)
     for shape in ((49, 74, 2), (50, 74, 2), (49, 75, 2), (51, 75, 2)):
-        open_patches(written(tmp_path, np.zeros(shape)), image)
+        patches = open_patches(written(tmp_path, np.ones(shape)), image)
+        assert (patches.read(middle) == 1).all()
+        last = centre_um(patches, shape[0] - 1, shape[1] - 1)
+        assert image.contains(*last)  # all patches lie on the image
 
 
 def test_nan_is_refused_with_its_place(tmp_path, image):

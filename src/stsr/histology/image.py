@@ -94,11 +94,9 @@ class Image:
         (x0, y0), (x1, y1) = corners.min(1), corners.max(1)
         return float(x0), float(y0), float(x1), float(y1)
 
-    def lacks(self, um_per_px: float) -> str:
-        """Describe what a reader of pixels of a size misses in this image; empty if its pixels are small enough."""
-        if self.um_per_px <= _COARSER * um_per_px:
-            return ""
-        return f"{self.um_per_px:.3g} um per pixel, and the model reads {um_per_px:g} um: detail is missing"
+    def resolves(self, um_per_px: float) -> bool:
+        """Whether the pixels are about as small as ``um_per_px`` or smaller."""
+        return self.um_per_px <= _COARSER * um_per_px
 
     def moved(self, px_to_um: np.ndarray) -> Image:
         """The same pixels under another affine (3, 3) from pixels to um."""

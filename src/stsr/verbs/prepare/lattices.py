@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from stsr.verbs.prepare.binning import Counter
 _LOCATE_UM = 10.0  # so fine that transcripts of a bin can only lie in the disc nearest to the bin
 
 
-class Lattice:
+class Lattice(ABC):
     """Spots of one shape and size, and the counts in each.
 
     Parameters
@@ -37,9 +38,9 @@ class Lattice:
         self.centres_um, self.size_um = centres_um, size_um
         self.counter = Counter(genes, len(centres_um))
 
+    @abstractmethod
     def at(self, x_um: np.ndarray, y_um: np.ndarray) -> np.ndarray:
         """Index (n,) of the spot that each point lies in, -1 for none."""
-        raise NotImplementedError
 
     def add(self, chunk: Chunk) -> None:
         """Count the transcripts of a chunk."""

@@ -193,9 +193,12 @@ def _measurement(spots: Spots | None, grid: Grid) -> tuple[Measurement | None, n
 def _notes(section: Section, method: Method, *, blind: bool, outside: int) -> list[str]:
     """Remarks for the user before the work begins."""
     notes = []
-    if method.learns and section.image is not None:
-        lacking = section.image.lacks(method.requirements.image_um)
-        notes += [f"the H&E has {lacking}; a finer scan would give a better map"] if lacking else []
+    image, image_um = section.image, method.requirements.image_um
+    if method.learns and image is not None and not image.resolves(image_um):
+        notes.append(
+            f"the H&E has {image.um_per_px:.3g} um per pixel, and the model reads {image_um:g} um: detail is missing; "
+            "a finer scan would give a better map"
+        )
     if blind:
         notes.append("no measured spots: predicting from the image alone")
     if outside:

@@ -15,9 +15,6 @@ from stsr.methods import method_class
 from stsr.methods.method import Method, channels_last
 from stsr.store.section import Section
 
-DEFAULT_BIN_UM = 10.0
-"""Bins of methods that need no training."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
@@ -71,15 +68,14 @@ def load(
         )
     if section.spots is None or not use_lr:
         raise UsageError(f"{method} needs measured spots and {section.path.name} has none; use a model")
-    config = chosen.Config(bin_um=_bins_of(section))
-    baseline = chosen(config, tuple(section.spots.genes)).eval()
+    baseline = chosen(_bins_of(section, chosen.Config()), tuple(section.spots.genes)).eval()
     return Loaded(method=baseline, name=method, model=method, digest=None, device=device)
 
 
-def _bins_of(section: Section) -> float:
-    """Bins of 10 um, or those of a section whose bins do not add up to 100 um, such as 8 um of Visium HD."""
+def _bins_of(section: Section, config: Any) -> Any:
+    """The config with the section's own bins if they do not add up to 100 um, such as 8 um of Visium HD."""
     own = None if section.hr is None else section.hr.grid.bin_um
-    return own if own is not None and raster_um(own) != LR_UM else DEFAULT_BIN_UM
+    return config if own is None or raster_um(own) == LR_UM else replace(config, bin_um=own)
 
 
 def configure_sampling(

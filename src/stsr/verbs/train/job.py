@@ -15,9 +15,10 @@ from stsr import checkpoint
 from stsr.device import resolve_device
 from stsr.errors import UsageError
 from stsr.methods import DEFAULT_METHOD, method_class
+from stsr.methods.batch import Requirements
 from stsr.methods.method import Method, config_dict
 from stsr.progress import Progress, Report, silent
-from stsr.store.section import open_section
+from stsr.store.section import Section, open_section
 from stsr.verbs.train.config import TrainConfig, read_config, resolve
 from stsr.verbs.train.features import check_settings, read_features
 from stsr.verbs.train.section import check_section
@@ -91,11 +92,7 @@ def make_job(
     if not sections:
         raise UsageError("no section was given; name at least one section")
     name = method or DEFAULT_METHOD
-    chosen = method_class(name)
-    if not chosen.learns:
-        raise UsageError(
-            f"{name} has no parameters to train; use it directly: stsr superres STORE --method {name}"
-        )
+    chosen = _learning(name)
     extra = [] if steps is None else [f"train.steps={steps}"]
     given = read_config(config)
     method_config, training = resolve(chosen, given, [*settings, *extra])
@@ -103,20 +100,20 @@ def make_job(
     regions = _read_regions(regions)
     opened = [open_section(path) for path in sections]
     progress(0, 1, f"reading {len(opened)} section{'s' if len(opened) > 1 else ''}")
-    requirements = chosen(method_config, ("gene",)).requirements  # the same for every panel
-    for section in opened:
-        check_section(section, requirements)
-        lacking = section.image.lacks(requirements.image_um) if section.image is not None else ""
-        if lacking:
-            report(f"the H&E of {section.name} has {lacking}")
+    _check_sections(opened, method_config.requirements(()), report)
     cached = read_features(
         opened, features, chosen, device=where, overwrite=overwrite, compute=not dry_run, progress=progress
     )
     method_config, training = resolve(chosen, {**cached.settings, **given}, [*settings, *extra])
     check_settings(method_config, cached)
-    requirements = chosen(method_config, ("gene",)).requirements
     tiles = TrainingTiles(
-        opened, requirements, training, val=val, regions=regions, seed=seed, features=cached.maps
+        opened,
+        method_config.requirements(()),
+        training,
+        val=val,
+        regions=regions,
+        seed=seed,
+        features=cached.maps,
     )
     whole = {
         "stsr": __version__,
@@ -144,6 +141,28 @@ def make_job(
         init=None if init is None else Path(init),
         settings=json.loads(json.dumps(whole)),
     )
+
+
+def _learning(name: str) -> type[Method]:
+    """The class of a method that can be trained."""
+    chosen = method_class(name)
+    if not chosen.learns:
+        raise UsageError(
+            f"{name} has no parameters to train; use it directly: stsr superres STORE --method {name}"
+        )
+    return chosen
+
+
+def _check_sections(sections: Sequence[Section], needs: Requirements, report: Report) -> None:
+    """Check that sections can be used for training, and report images that are coarser than the method reads."""
+    for section in sections:
+        check_section(section, needs)
+        image = section.image
+        if image is not None and not image.resolves(needs.image_um):
+            report(
+                f"the H&E of {section.name} has {image.um_per_px:.3g} um per pixel, and the model reads "
+                f"{needs.image_um:g} um: detail is missing"
+            )
 
 
 def _check_init(path: Path, name: str, panel: tuple[str, ...]) -> str:
