@@ -15,6 +15,7 @@ It may be interrupted and run again: models and the rows of RUNS/kidney/scores.c
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import zarr
+from skimage.transform import resize
 
 import stsr
 from stsr import metrics
@@ -81,6 +84,9 @@ def main() -> None:
         "--model", action="append", default=[], metavar="LABEL=FILE", help="score another model"
     )
     parser.add_argument("--features", type=Path, help="patch features or their encoder, for all trainings")
+    parser.add_argument(
+        "--coarse", action="store_true", help="score each model also with an H&E of 10 um per pixel"
+    )
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--print", action="store_true", help="only print the table of what is scored")
     asked = parser.parse_args()
@@ -98,6 +104,8 @@ def main() -> None:
                 name = f"{label} {asked.features.stem}" if asked.features else label
                 model = bench.trained(label, name, seed, asked.steps, asked.settings, asked.features)
                 bench.score(name, seed, model=model)
+                if asked.coarse:
+                    bench.score(f"{name}, H&E of 10 um", seed, store=bench.coarse_store(), model=model)
     bench.print()
 
 
@@ -164,14 +172,29 @@ class Bench:
         assert hr is not None
         return [*sections, *stores], list(dict.fromkeys([*genes, *hr.genes]))
 
-    def score(self, label: str, seed: int, **options) -> None:
+    def coarse_store(self) -> Path:
+        """A copy of the section whose H&E shows no more than a scan of 10 um per pixel."""
+        store = self.work / "coarse" / self.store.name
+        if not store.exists():
+            shutil.copytree(self.store, store)
+            image = open_section(store).image
+            assert image is not None
+            small = image.overview(10.0).levels[0]  # (3, y, x)
+            for _, level in zarr.open_group(store / "images" / "he", mode="r+").arrays():
+                level[:] = np.stack(
+                    [resize(plane, level.shape[1:], order=1, preserve_range=True) for plane in small]
+                ).astype(np.uint8)
+        return store
+
+    def score(self, label: str, seed: int, store: Path | None = None, **options) -> None:
         """Predict the unseen part and add a row per bin size, unless they are there."""
+        store = store or self.store
         before = self.scores
         if ((before["label"] == label) & (before["seed"] == seed)).any():
             return
         print(label, file=sys.stderr)
         made = stsr.superres(
-            self.store,
+            store,
             genes=self.genes,
             region=UNSEEN_UM,
             samples=1,
@@ -179,7 +202,7 @@ class Bench:
             overwrite=True,
             **options,
         )
-        found = open_section(self.store).map(made.element).read(self.genes, window=self.area).astype(float)
+        found = open_section(store).map(made.element).read(self.genes, window=self.area).astype(float)
         self._add(label, seed, found)
 
     def score_denoised(self) -> None:
