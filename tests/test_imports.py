@@ -60,7 +60,7 @@ ALLOWED = {
 }
 """Room: the rooms it may import from, besides itself and the ground. What is not here is refused."""
 
-VERBS_OF_VERBS = {"demo", "report"}
+VERBS_OF_VERBS = {"demo", "evaluate", "report"}
 """Verbs that run other verbs; `demo` simulates its tissue, too."""
 
 NO_TORCH = {"store", "histology", "geometry", "platforms", "spots", "simulate", "figures", "metrics"} | GROUND

@@ -1,8 +1,8 @@
 """Super-resolution of spatial transcriptomics by conditional diffusion, guided by H&E.
 
-The commands of the command line are functions here: `prepare`, `train`, `superres`, `singlecell`, `celltype`, `gec`,
-`info` and `demo`; `open_section` reads what they wrote. They are imported on first use, so ``import stsr`` loads
-neither torch nor spatialdata.
+The commands of the command line are functions here: `prepare`, `train`, `superres`, `evaluate`, `singlecell`,
+`celltype`, `gec`, `info` and `demo`; `open_section` reads what they wrote. They are imported on first use, so
+``import stsr`` loads neither torch nor spatialdata.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stsr.store.section import open_section
     from stsr.verbs.celltype.verb import celltype
     from stsr.verbs.demo import demo
+    from stsr.verbs.evaluate.verb import evaluate
     from stsr.verbs.gec.verb import gec
     from stsr.verbs.info import info
     from stsr.verbs.prepare.verb import prepare
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "celltype",
     "demo",
+    "evaluate",
     "gec",
     "info",
     "open_section",
@@ -39,6 +41,7 @@ __all__ = [
 _MODULES = {
     "celltype": "stsr.verbs.celltype.verb",
     "demo": "stsr.verbs.demo",
+    "evaluate": "stsr.verbs.evaluate.verb",
     "gec": "stsr.verbs.gec.verb",
     "info": "stsr.verbs.info",
     "open_section": "stsr.store.section",

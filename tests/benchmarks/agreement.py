@@ -2,10 +2,10 @@
 
 The default model was trained on `xenium_serial_he`, except for the area of ``--region 140 1050 1140 2074``.
 
-Runs `stsr.superres` on the Visium section for the genes that both have, and interpolations as baselines, and
-correlates each map with the Xenium counts after a blur of 50 um (serial sections do not match cell by cell).
-Positions are compared through pixels of their common H&E, ``--um-per-px`` each. Prints a summary, and
-with ``--csv`` a table per gene.
+Runs `stsr.superres` on the Visium section for the genes that both have, from raw and from denoised spots, and
+interpolations as baselines, and correlates each map with the Xenium counts: per bin of 10 um, and after blurs of 20
+and 50 um (serial sections do not match cell by cell). Positions are compared through pixels of their common H&E,
+``--um-per-px`` each. Prints a summary, and with ``--csv`` a table per gene at the largest blur.
 """
 
 from __future__ import annotations
@@ -23,7 +23,20 @@ import stsr
 from stsr.metrics import pearson, spearman
 from stsr.store.section import open_section
 
-BLUR_UM = 50.0
+BLURS_UM = (0.0, 20.0, 50.0)
+
+RAW = {"spots": "raw", "consistency": "none"}
+DENOISED = {"spots": "denoised", "consistency": "none"}
+RUNS: dict[str, dict] = {
+    "bilinear": {"method": "bilinear", **RAW},
+    "bilinear, denoised spots": {"method": "bilinear", **DENOISED},
+    "bicubic + exact consistency": {"method": "bicubic", "spots": "raw", "consistency": "exact"},
+    "model, raw spots": RAW,
+    "model, raw spots, exact": {"spots": "raw", "consistency": "exact"},
+    "model, denoised spots": DENOISED,
+    "model, denoised spots, adding up to them": {"spots": "denoised", "consistency": "denoised"},
+    "model, no spots": {"use_lr": False},
+}
 
 
 def main() -> None:
@@ -43,30 +56,28 @@ def main() -> None:
         store = shutil.copytree(asked.visium, Path(folder) / "visium.zarr")
         section = open_section(store)
         genes = [gene for gene in xenium.hr.genes if gene in set(section.spots.genes)]
-        runs = {
-            "stsr": {"model": asked.model},
-            "stsr, no consistency": {"model": asked.model, "consistency": False},
-            "stsr, no spots": {"model": asked.model, "use_lr": False},
-            "bicubic + consistency": {"method": "bicubic"},
-            "bilinear": {"method": "bilinear", "consistency": False},
-        }
         truth, inside, places = reference(xenium, section, genes, asked.um_per_px)
         if asked.region:
             x0, y0, x1, y1 = asked.region
             x, y = np.meshgrid(*xenium.hr.grid.centres_um())
             inside &= (x > x0) & (x < x1) & (y > y0) & (y < y1)
         scores = {}
-        for label, options in runs.items():
-            made = stsr.superres(store, genes=genes, overwrite=True, **options)
-            maps = blurred(open_section(store).map(made.element), genes, places)
-            scores[label] = pearson(maps[:, inside], truth[:, inside])
-            rank = np.nanmean(spearman(maps[:, inside], truth[:, inside]))
-            print(
-                f"{label:24s} mean PCC {np.nanmean(scores[label]):.3f}  mean Spearman {rank:.3f}", flush=True
-            )
+        print("| | " + " | ".join(f"PCC, blur {blur:g} um" for blur in BLURS_UM) + " | Spearman, last |")
+        print("|---|" + "---|" * (len(BLURS_UM) + 1), flush=True)
+        for label, options in RUNS.items():
+            with_model = {} if "method" in options else {"model": asked.model}
+            made = stsr.superres(store, genes=genes, samples=1, overwrite=True, **options, **with_model)
+            found = open_section(store).map(made.element)
+            cells = []
+            for blur, true in zip(BLURS_UM, truth, strict=True):
+                maps = blurred(found, genes, places, blur)
+                scores[label] = pearson(maps[:, inside], true[:, inside])
+                cells.append(np.nanmean(scores[label]))
+            cells.append(np.nanmean(spearman(maps[:, inside], truth[-1][:, inside])))
+            print(f"| {label} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |", flush=True)
     table = pd.DataFrame(scores, index=pd.Index(genes, name="gene"))
     table.insert(0, "xenium_counts", xenium.hr.read(genes).sum((1, 2)))
-    print(f"{len(genes)} genes, {BLUR_UM:g} um blur, {inside.sum()} bins of 10 um")
+    print(f"{len(genes)} genes, {inside.sum()} bins of 10 um")
     print(
         table.loc[[g for g in ("GATA3", "ERBB2", "LUM", "POSTN", "LYZ") if g in table.index]]
         .round(3)
@@ -77,11 +88,12 @@ def main() -> None:
 
 
 def reference(xenium, section, genes: list[str], um_per_px: float):
-    """Blurred Xenium counts, the bins to compare, and those bins' places in the Visium map's um."""
+    """Xenium counts for each blur, the bins to compare, and those bins' places in the Visium map's um."""
     grid = xenium.hr.grid
-    truth = np.stack(
-        [ndimage.gaussian_filter(one.astype(float), BLUR_UM / grid.bin_um) for one in xenium.hr.read(genes)]
-    )
+    counts = xenium.hr.read(genes).astype(np.float32)
+    truth = [
+        ndimage.gaussian_filter(counts, (0, blur / grid.bin_um, blur / grid.bin_um)) for blur in BLURS_UM
+    ]
     x, y = np.meshgrid(*grid.centres_um())
     scale = section.image.um_per_px / um_per_px
     x, y = x * scale, y * scale
@@ -90,13 +102,13 @@ def reference(xenium, section, genes: list[str], um_per_px: float):
     return truth, inside, (x, y)
 
 
-def blurred(maps, genes: list[str], places) -> np.ndarray:
+def blurred(maps, genes: list[str], places, blur_um: float) -> np.ndarray:
     """Blurred maps (g, y, x) at places in um."""
     grid = maps.grid
     at = [(places[1] - grid.y0_um) / grid.bin_um - 0.5, (places[0] - grid.x0_um) / grid.bin_um - 0.5]
     found = []
     for gene in genes:
-        soft = ndimage.gaussian_filter(maps.read([gene])[0].astype(float), BLUR_UM / grid.bin_um)
+        soft = ndimage.gaussian_filter(maps.read([gene])[0].astype(float), blur_um / grid.bin_um)
         found.append(ndimage.map_coordinates(soft, at, order=1, mode="nearest"))
     return np.stack(found)
 

@@ -45,11 +45,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(asked.section, Path(folder), tuple(asked.region), asked.samples)
         for method in ("bilinear", "bicubic"):
-            bench.run(method, method=method, consistency=False)
+            bench.run(method, method=method, consistency="none")
             bench.run(f"{method} + consistency", method=method)
         for label, files in models:
             for file in files:
-                bench.run(f"{label}, no consistency", model=file, consistency=False)
+                bench.run(f"{label}, no consistency", model=file, consistency="none")
                 bench.run(f"{label} + consistency", model=file)
         if asked.ablations and models:
             bench.ablate(models[0][1][0])

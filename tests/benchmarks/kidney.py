@@ -145,6 +145,11 @@ class Bench:
             if "breast" in organs:
                 sections, genes = self._with_breast(sections, genes)
             used = {section.stem for section in sections}
+            regions = {name: own for name, own in (REGIONS | breast_regions).items() if name in used}
+            if (
+                organs == "breast"
+            ):  # nothing of the breast is left to validate on, and the last weights are kept anyway
+                regions = {name: {**own, "validation": []} for name, own in regions.items()}
             stsr.train(
                 sections,
                 model,
@@ -152,7 +157,8 @@ class Bench:
                 config={**SETTINGS, **own, "genes": genes},
                 settings=settings,
                 steps=steps or STEPS[method],
-                regions={name: own for name, own in (REGIONS | breast_regions).items() if name in used},
+                regions=regions,
+                val=0 if organs == "breast" else 0.15,
                 seed=seed,
                 features=[features] if features else (),
                 progress=lambda done, total, text: print(f"{name} {seed}: {text}", file=sys.stderr),
@@ -198,7 +204,8 @@ class Bench:
             genes=self.genes,
             region=UNSEEN_UM,
             samples=1,
-            consistency=False,
+            spots="raw",
+            consistency="none",
             overwrite=True,
             **options,
         )

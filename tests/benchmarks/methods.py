@@ -232,7 +232,7 @@ class Scorer:
         rows = [self.score(map_).assign(label=label, lr=False, consistency=False) for label, map_ in maps]
         for method in INTERPOLATIONS:
             for consistency in (True, False):
-                made = self.superres(method=method, consistency=consistency)
+                made = self.superres(method=method, consistency="exact" if consistency else "none")
                 rows.append(made.assign(label=method, lr=True, consistency=consistency))
         return pd.concat(rows).assign(seed=0, steps=0, train_seconds=0.0)
 
@@ -240,7 +240,9 @@ class Scorer:
         """A model with and without spots and consistency."""
         rows = []
         for _, lr, consistency in TABLES:
-            made = self.superres(model=model, samples=samples, use_lr=lr, consistency=consistency)
+            made = self.superres(
+                model=model, samples=samples, use_lr=lr, consistency="exact" if consistency else "none"
+            )
             rows.append(made.assign(lr=lr, consistency=consistency))
         return pd.concat(rows)
 

@@ -352,7 +352,7 @@ def test_a_checkpoint_records_its_features(trained, encoders):
 
 
 def predicted(store, model, name, **options):
-    result = superres(store, model=model, name=name, device="cpu", consistency=False, **options)
+    result = superres(store, model=model, name=name, device="cpu", consistency="none", **options)
     return open_section(result.store).map(name).read()
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stsr.cli import celltype, demo, gec, info, prepare, singlecell, superres, train
+from stsr.cli import celltype, demo, evaluate, gec, info, prepare, singlecell, superres, train
 from stsr.cli.usage import Commands
 from stsr.version import __version__
 
@@ -40,6 +40,7 @@ for _command in (
     prepare.prepare,
     train.train,
     superres.superres,
+    evaluate.evaluate,
     singlecell.singlecell,
     celltype.celltype,
     gec.gec,

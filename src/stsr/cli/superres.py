@@ -40,9 +40,20 @@ Guidance = Annotated[
     float | None, _sampling(help="Weight of classifier-free guidance; 1 applies no extra guidance.")
 ]
 NoLr = Annotated[bool, typer.Option("--no-lr", help="Ignore measured spots; infer from the H&E image alone.")]
-NoConsistency = Annotated[
-    bool,
-    typer.Option("--no-consistency", help="Do not rescale the map to add up to the measured spot counts."),
+SpotCounts = Annotated[
+    str,
+    typer.Option(
+        "--spots",
+        help="raw counts, or denoised ones (expected counts, from all genes). auto: denoised, unless spots "
+        "were simulated as sums of all counts.",
+    ),
+]
+Consistency = Annotated[
+    str,
+    typer.Option(
+        help="What the map adds up to over spots: exact (measured counts), denoised (expected counts) or none. "
+        "auto: exact for spots simulated as sums, else none.",
+    ),
 ]
 Features = Annotated[
     Path | None,
@@ -72,7 +83,8 @@ def superres(
     guidance: Guidance = None,
     features: Features = None,
     no_lr: NoLr = False,
-    no_consistency: NoConsistency = False,
+    spots: SpotCounts = "auto",
+    consistency: Consistency = "auto",
     region: options.RegionOfInterest = None,
     name: Name = None,
     output: Output = None,
@@ -102,7 +114,8 @@ def superres(
         guidance=guidance,
         features=features,
         use_lr=not no_lr,
-        consistency=not no_consistency,
+        spots=spots,
+        consistency=consistency,
         region=options.region_um(region),
         name=name,
         output=output,
@@ -120,7 +133,8 @@ def superres(
 def _summary(result: Superres) -> str:
     spread = f" and {result.spread}" if result.spread else ""
     error = result.consistency_error
-    agrees = "" if error is None else f"; summed over spots it is within {error:.1g} of the measured counts"
+    counts = "denoised" if result.consistency == "denoised" else "measured"
+    agrees = "" if error is None else f"; summed over spots it is within {error:.1g} of the {counts} counts"
     genes = "1 gene" if result.genes == 1 else f"{result.genes:,} genes"
     return f"wrote {result.element}{spread}: {genes} in {duration(result.seconds)}{agrees}"
 

@@ -61,6 +61,10 @@ class Spots:
         """The section's raster around the spots; see `stsr.geometry.lattice.grid_around`."""
         return grid_around(self.centres_um, self.size_um, bin_um)
 
+    def take(self, rows: np.ndarray) -> Spots:
+        """Some of the spots, by index."""
+        return replace(self, centres_um=self.centres_um[rows], counts=self.counts[rows])
+
     def measurement(self, grid: Grid) -> Measurement:
         """The fraction of each bin that each spot covers."""
         make = Measurement.discs if self.shape == "disc" else Measurement.squares

@@ -141,6 +141,12 @@ class Section:
         counts, genes = discovery.raw_counts(annotation, rows, self.path.name)
         return Spots(centres, counts, genes, shape, size)
 
+    @property
+    def spots_are_sums(self) -> bool:
+        """Whether the spots were simulated from all counts of `hr`, so that they are their exact sums."""
+        made = self.provenance.get(names.table_name(names.SPOTS), {})
+        return made.get("origin") == "simulated" and made.get("depth", 1) == 1
+
     @cached_property
     def hr(self) -> Map | None:
         """Measured counts in the smallest bins, ``hr_*um``; None if there are none."""

@@ -174,7 +174,7 @@ def _superresolve(
     return {
         "stsr": run(model=model),
         "bicubic + consistency": run(method="bicubic", name="bicubic_x10"),
-        "bilinear": run(method="bilinear", name="bilinear_x10", consistency=False),
+        "bilinear": run(method="bilinear", name="bilinear_x10", consistency="none"),
     }
 
 

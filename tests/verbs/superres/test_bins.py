@@ -45,8 +45,8 @@ def test_maps_in_bins_of_8_um_lie_on_the_measured_ones(square, tmp_path):
     assert np.allclose(
         inside.add_up(maps.read())[kept], section.spots.select(genes).toarray()[kept], rtol=1e-3
     )
-    coarse = superres(store, method="bicubic", scale=4.16667, genes=genes, consistency=False)
-    fine = superres(store, method="bicubic", scale=12.5, genes=genes, consistency=False, name="fine")
+    coarse = superres(store, method="bicubic", scale=4.16667, genes=genes, consistency="none")
+    fine = superres(store, method="bicubic", scale=12.5, genes=genes, consistency="none", name="fine")
     grid, added = section.hr.grid.at(24), add_up(open_section(store).map(fine.element).read(), 3)
     read = open_section(store).map(coarse.element)
     assert read.grid == grid
@@ -85,6 +85,6 @@ def test_own_bins_are_spots_that_maps_add_up_to(square, tmp_path):
     added = section.spots.measurement(section.hr.grid).add_up(maps)
     assert done.consistency_error < 0.25  # bins of 10 um cannot add up to all bins of 16 um with few counts
     assert np.abs(added - measured).sum() < 0.25 * measured.sum()
-    smooth = superres(store, method="bicubic", genes=genes, consistency=False, name="smooth")
+    smooth = superres(store, method="bicubic", genes=genes, consistency="none", name="smooth")
     rough = section.spots.measurement(section.hr.grid).add_up(open_section(store).map(smooth.element).read())
     assert np.abs(rough - measured).sum() > 2 * np.abs(added - measured).sum()

@@ -324,7 +324,7 @@ def test_a_finer_model_reads_the_image_and_reports_a_coarse_one(store, folder, t
         method = UNetRegression(config, genes, np.full(len(genes), 5.0))
         torch.nn.init.normal_(method.trunk.head[-1].weight, std=0.2)
         model = checkpoint.save(folder / f"fine{image_um}.safetensors", method, "unet", {})
-        result = superres(path, model=model, overwrite=True, consistency=False)
+        result = superres(path, model=model, overwrite=True, consistency="none")
         um_per_px = open_section(path).image.um_per_px
         reported = any("detail is missing" in note for note in result.notes)
         assert reported == (um_per_px > 1.5 * image_um)
@@ -334,7 +334,7 @@ def test_a_finer_model_reads_the_image_and_reports_a_coarse_one(store, folder, t
     shutil.copytree(path, white)
     for _, array in zarr.open_group(white / "images" / "he", mode="r+").arrays():
         array[:] = 255
-    superres(white, model=model, overwrite=True, consistency=False)
+    superres(white, model=model, overwrite=True, consistency="none")
     assert not np.allclose(read(white), maps[0.5], rtol=0.05)
 
 
@@ -353,8 +353,8 @@ def test_a_gene_outside_the_panel_is_mapped_like_the_gene_with_its_spots(store, 
     counts[:, spots.genes.index("CD68")] = counts[:, spots.genes.index(alike)]
     copied = replace(spots, counts=counts.tocsr())
     monkeypatch.setattr(Section, "spots", property(lambda section: copied))
-    superres(path, model=models["corrdiff"], genes=["CD68", "LUM", "EPCAM"], samples=1, consistency=False)
-    superres(path, method="bilinear", genes=["CD68"], consistency=False, name="plain")
+    superres(path, model=models["corrdiff"], genes=["CD68", "LUM", "EPCAM"], samples=1, consistency="none")
+    superres(path, method="bilinear", genes=["CD68"], consistency="none", name="plain")
     maps = dict(zip(("CD68", "LUM", "EPCAM", "spots"), [*read(path), *read(path, "plain")], strict=True))
     inside = maps["spots"] > 0
     found, own, plain, other = (
@@ -370,7 +370,7 @@ def test_baselines_need_no_model(store):
     path = store()
     result = superres(path, method="bicubic", genes=["all"])
     assert result.spread is None and result.consistency_error < 1e-3
-    superres(path, method="bicubic", genes=["LUM"], consistency=False, name="loose")
+    superres(path, method="bicubic", genes=["LUM"], consistency="none", name="loose")
     section = open_section(path)
     assert section.map("superres_x10").genes == section.spots.genes
     loose = section.map("loose")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 
 from stsr.errors import StsrError, UsageError
 from stsr.genes import wanted_genes
@@ -23,6 +22,7 @@ from stsr.store.parts import FeatureMap, Spots
 from stsr.store.section import SUPPORT_UM, Section
 from stsr.verbs.superres.loading import Loaded
 from stsr.verbs.superres.mixtures import mixtures
+from stsr.verbs.superres.spots import NONE, SpotCounts, spot_counts
 from stsr.version import __version__
 
 DEFAULT_SAMPLES = 4
@@ -46,20 +46,24 @@ class SuperresJob:
     """The window of the grid that is written."""
     factor: int
     """The method's bins per output bin, along a side."""
+    counts: SpotCounts | None
+    """Counts of the spots; None without spots."""
     measurement: Measurement | None
     """Spots over the grid; None without spots."""
     spots: np.ndarray
-    """Indices in the section of the spots of the measurement."""
+    """Indices of the spots of the measurement among those of `counts`."""
     correction: Correction | None
     """Correction of maps in output bins; None if they are not corrected."""
     corrected: np.ndarray
-    """Indices in the section of the spots that the correction needs."""
+    """Indices of the spots that the correction needs among those of `counts`."""
     support: np.ndarray
     """(height, width) bool, over the whole section in output bins: maps are zero elsewhere."""
     samples: int
     seed: int
     element: str
     """Name of the map."""
+    sees_image: bool = True
+    """False shows a white slide instead of the H&E."""
     features: FeatureMap | None = None
     """Patch features of the section; None if the method reads none."""
     notes: list[str]
@@ -78,6 +82,11 @@ class SuperresJob:
         return self.loaded.method.requirements
 
     @property
+    def read_panel(self) -> tuple[str, ...]:
+        """Genes that the method reads for any map; none for interpolation, which maps each gene on its own."""
+        return self.requirements.panel if self.loaded.method.learns else ()
+
+    @property
     def elements(self) -> list[str]:
         """Names of the images to write."""
         return [self.element] if self.spread is None else [self.element, self.spread]
@@ -91,18 +100,6 @@ class SuperresJob:
     def area(self) -> Grid:
         """The method's bins that must be predicted: the region, and what its correction depends on."""
         return self.region if self.correction is None else self.correction.area.at(self.grid.bin_um)
-
-    def counts(self, genes: Sequence[str], spots: np.ndarray) -> sp.csr_matrix:
-        """Measured counts (spots, genes) of some spots of the section."""
-        measured = self.section.spots
-        assert measured is not None  # called only with a measurement
-        return measured.select(genes)[spots]
-
-    def measured(self, genes: Sequence[str]) -> np.ndarray:
-        """Whether the section's spots measured each gene: (g,) bool."""
-        measured = self.section.spots
-        assert measured is not None  # called only with a measurement
-        return np.isin(np.array(genes, str), np.array(measured.genes, str))
 
 
 def check_included(including: Sequence[str], genes: list[str]) -> None:
@@ -127,12 +124,19 @@ def make_job(
     genes: Sequence[str] | None,
     samples: int | None,
     use_lr: bool,
-    consistency: bool,
+    spots: str,
+    consistency: str,
     region: tuple[float, float, float, float] | None,
     name: str | None,
     seed: int,
+    kept: np.ndarray | None = None,
 ) -> SuperresJob:
     """Check the options and make the job; arguments are those of `stsr.superres`.
+
+    Parameters
+    ----------
+    kept
+        Indices of the spots to use; all by default. The bins and the support are those of all spots.
 
     Raises
     ------
@@ -145,17 +149,23 @@ def make_job(
         raise StsrError(
             f"no H&E image in {section.path.name}; run: stsr prepare FOLDER --he IMAGE, or use --method bicubic"
         )
-    spots = section.spots if use_lr else None
-    chosen = wanted_genes(genes, spots.genes if spots else [], method.panel)
-    mixed = _mixtures(chosen, method, spots)
+    table = section.spots if use_lr else None
+    if table is not None and kept is not None:
+        table = table.take(kept)
+    counts: SpotCounts | None = None
+    notes: list[str] = []
+    if table is not None:
+        counts, notes = spot_counts(table, spots, consistency, are_sums=section.spots_are_sums)
+    chosen = wanted_genes(genes, table.genes if table else [], method.panel)
+    mixed = _mixtures(chosen, method, table)
     outside = int((mixed.sum(1) != 1).sum()) if method.learns else 0
     grid = section.grid(method.requirements.bin_um)
     window, coarse = _region(grid, region), grid.at(grid.bin_um * factor)
-    measurement, seeing = _measurement(spots, grid)
+    measurement, seeing = _measurement(table, grid)
     support = section.support(coarse)
     correction, corrected = None, seeing
-    output, coarse_seeing = (measurement, seeing) if factor == 1 else _measurement(spots, coarse)
-    if consistency and output is not None:
+    output, coarse_seeing = (measurement, seeing) if factor == 1 else _measurement(table, coarse)
+    if output is not None and counts is not None and counts.consistency != NONE:
         correction = Correction(output, window.at(coarse.bin_um), support)
         corrected = coarse_seeing[correction.spots]
     job = SuperresJob(
@@ -167,6 +177,7 @@ def make_job(
         grid=grid,
         region=window,
         factor=factor,
+        counts=counts,
         measurement=measurement,
         spots=seeing,
         correction=correction,
@@ -175,7 +186,7 @@ def make_job(
         samples=_samples(samples, method),
         seed=seed,
         element=names.check_name(name or names.result_name("superres", scale)),
-        notes=_notes(section, method, blind=spots is None and use_lr, outside=outside),
+        notes=_notes(section, method, blind=table is None and use_lr, outside=outside) + notes,
     )
     return replace(job, provenance=_provenance(job, scale=scale, outside=outside))
 
@@ -235,7 +246,7 @@ def _provenance(job: SuperresJob, *, scale: float, outside: int) -> dict[str, An
         "bin_um": job.grid.bin_um * job.factor,
         "units": "expected counts per bin",
         "spots_used": job.measurement is not None,
-        "consistency": job.correction is not None,
+        **({} if job.counts is None else {"spots": job.counts.read, "consistency": job.counts.consistency}),
         "spots_beyond_support": 0 if job.correction is None else job.correction.beyond,
         "samples": job.samples,
         "seed": job.seed,

@@ -188,13 +188,11 @@ class MapLoop:
 
     def _correct(self, genes: slice, maps: list[np.ndarray]) -> float | None:
         """Make the first of the maps add up to the spots, in place; scale the spread by the same factors."""
-        correction = self.job.correction
-        if correction is None:
+        correction, counts = self.job.correction, self.job.counts
+        if correction is None or counts is None:
             return None
         before = maps[0].copy() if len(maps) > 1 else None
-        error = correction.apply(
-            maps[0], self.job.counts(self.job.genes[genes], self.job.corrected).toarray()
-        )
+        error = correction.apply(maps[0], counts.targets(self.job.genes[genes], self.job.corrected))
         if before is not None:
             maps[1] *= np.divide(maps[0], before, out=np.ones_like(before), where=before > 0)
         return error

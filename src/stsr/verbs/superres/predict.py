@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -16,7 +17,7 @@ from stsr.geometry.grid import add_up
 from stsr.methods.batch import Batch
 from stsr.verbs.superres.field import Field, White
 from stsr.verbs.superres.job import SuperresJob
-from stsr.verbs.superres.tiles import Tile
+from stsr.verbs.superres.tiles import Canvas, Tile, plan
 
 _GENES_AT_ONCE = 64  # per call of a method: bounds its activations
 
@@ -30,7 +31,7 @@ class Predictor:
 
     def __init__(self, job: SuperresJob):
         self.job = job
-        panel = list(job.requirements.panel)
+        panel = list(job.read_panel)
         self._panel = self._field(panel, np.eye(len(panel), dtype=np.float32))
         self._draws = job.spread is not None or not job.loaded.method.knows_mean
 
@@ -41,10 +42,10 @@ class Predictor:
     def _field(self, genes: list[str], mixed: np.ndarray) -> Field:
         job, needs = self.job, self.job.requirements
         lr = mask = known = None
-        if job.measurement is not None:
-            lr, mask = job.measurement.raster(job.counts(genes, job.spots), needs.lr_um)
-            known = job.measured(genes)
-        image = job.section.image if job.section.image is not None else White()
+        if job.measurement is not None and job.counts is not None:
+            lr, mask = job.measurement.raster(job.counts.inputs(genes, job.spots), needs.lr_um)
+            known = job.counts.measures(genes)
+        image = job.section.image if job.sees_image and job.section.image is not None else White()
         return Field(
             job.grid, image, lr, mask, mixed, genes, needs.image_um, needs.lr_um, known, job.features
         )
@@ -114,3 +115,28 @@ def _noises(seed: int, samples: int) -> list[Noise]:
 def _precision(device: torch.device) -> AbstractContextManager:
     """Half precision for networks on CUDA."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def predicted_maps(job: SuperresJob, genes: slice, stop: Callable[[], None]) -> np.ndarray:
+    """Expected counts (g, height, width) of some of the job's genes over its whole grid, held in memory.
+
+    For verbs that score maps without writing them: neither corrected nor set to zero outside the support.
+
+    Parameters
+    ----------
+    stop
+        Called after each tile; may raise to end early.
+    """
+    needs, predictor = job.requirements, Predictor(replace(job, samples=1))
+    bands = plan(job.grid, needs.tile_lr, needs.overlap_lr, needs.lr_um)
+    field, count = predictor.field(genes), len(job.genes[genes])
+    canvas = Canvas(count, bands, needs.per_lr)
+    maps = np.zeros((count, *job.grid.shape), np.float32)
+    for number, band in enumerate(bands):
+        for tile in band:
+            for part, (values, *_) in predictor.tile(field, tile):
+                canvas.add(tile, values, part)
+            stop()
+        for row, block in canvas.finished(number):
+            maps[:, row : row + block.shape[1], canvas.left : canvas.left + block.shape[2]] = block
+    return maps

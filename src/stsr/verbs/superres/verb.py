@@ -22,6 +22,7 @@ from stsr.verbs.superres.features import with_features
 from stsr.verbs.superres.job import check_included, make_job, notes_on_result
 from stsr.verbs.superres.loading import configure_sampling, load
 from stsr.verbs.superres.loop import write_maps
+from stsr.verbs.superres.spots import with_denoised
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Superres:
     consistency_error: float | None
     """Largest relative error of a gene, ``sum |map over spot - count| / sum count``, over the spots that lie entirely
     inside the map and its support; None if maps were not corrected or there is no such spot."""
+    spots: str | None
+    """What the method read: ``raw`` or ``denoised`` counts; None without spots."""
+    consistency: str | None
+    """What maps add up to: ``exact``, ``denoised`` or ``none``; None without spots."""
     seconds: float
     """Run time."""
     notes: list[str]
@@ -58,7 +63,8 @@ def superres(
     sampler: str | None = None,
     guidance: float | None = None,
     use_lr: bool = True,
-    consistency: bool = True,
+    spots: str = "auto",
+    consistency: str = "auto",
     region: tuple[float, float, float, float] | None = None,
     name: str | None = None,
     output: str | Path | None = None,
@@ -94,8 +100,13 @@ def superres(
         How a diffusion model is sampled.
     use_lr
         False predicts from the image alone.
+    spots
+        What methods read of the spots: ``raw`` counts, or ``denoised`` ones (`stsr.spots.denoising`). ``auto``:
+        denoised, unless the spots were simulated as sums of all counts.
     consistency
-        Whether maps are corrected so that they add up to the measured counts of the spots.
+        What maps are made to add up to: ``exact``, the measured counts of the spots; ``denoised``, their expected
+        counts; ``none``. ``auto``: exact for spots that were simulated as sums, else none, because a map that agrees
+        with noisy counts copies their noise.
     region
         (x0, y0, x1, y1), um: write only the 100 um pixels that touch it. The map equals the same area of the map of the
         whole section.
@@ -137,6 +148,7 @@ def superres(
         genes=genes,
         samples=samples,
         use_lr=use_lr,
+        spots=spots,
         consistency=consistency,
         region=region,
         name=name,
@@ -147,6 +159,7 @@ def superres(
     for note in job.notes:
         report(note)
     job = with_features(job, features, overwrite=overwrite, progress=progress, report=report)
+    job = with_denoised(job, progress)
     with interruptible() as interruption, _destination(section.path, output) as target:
         error = write_maps(
             replace(job, store=target),
@@ -164,6 +177,8 @@ def superres(
         spread=job.spread,
         genes=len(job.genes),
         consistency_error=error,
+        spots=None if job.counts is None else job.counts.read,
+        consistency=None if job.counts is None else job.counts.consistency,
         seconds=time.monotonic() - began,
         notes=job.notes + remarks,
     )

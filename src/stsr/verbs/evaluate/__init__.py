@@ -1,0 +1,1 @@
+"""How well the ways of making maps predict spots that they have not seen."""

@@ -1,0 +1,120 @@
+"""Maps without some of the spots, summed over those spots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from stsr.progress import silent
+from stsr.signals import Interruption
+from stsr.spots.denoising import Denoised
+from stsr.store.section import Section
+from stsr.verbs.evaluate.ways import Way
+from stsr.verbs.superres.features import with_features
+from stsr.verbs.superres.job import SuperresJob, make_job
+from stsr.verbs.superres.predict import predicted_maps
+from stsr.verbs.superres.spots import DENOISED, NONE
+
+MEMORY_BYTES = 2**29
+"""For the maps of one block of genes; twice as much where maps are corrected."""
+
+
+@dataclass(frozen=True)
+class Hiding:
+    """Predicts hidden spots in several ways.
+
+    Parameters
+    ----------
+    section
+        The section.
+    genes
+        Genes to predict.
+    ways
+        Ways of making maps.
+    seed
+        Of methods that sample.
+    interruption
+        Checked after each tile.
+    """
+
+    section: Section
+    genes: list[str]
+    ways: list[Way]
+    seed: int
+    interruption: Interruption
+
+    def predict(self, hidden: np.ndarray) -> list[np.ndarray]:
+        """Expected counts (hidden, g) of hidden spots, by index, for each way; NaN for spots off the grid."""
+        spots = self.section.spots
+        assert spots is not None  # checked by the caller
+        kept = np.setdiff1d(np.arange(len(spots.centres_um)), hidden)
+        denoised: Denoised | None = None
+        found: dict[int, np.ndarray] = {}
+        for inputs in dict.fromkeys(way.inputs for way in self.ways):
+            alike = [number for number, way in enumerate(self.ways) if way.inputs == inputs]
+            jobs = [self._job(self.ways[number], kept) for number in alike]
+            if any(job.counts is not None and job.counts.needs_denoising for job in jobs):
+                denoised = denoised or self._denoised(kept)
+                jobs = [_with(job, denoised) for job in jobs]
+            found |= dict(zip(alike, self._sums(jobs, hidden), strict=True))
+        return [found[number] for number in range(len(self.ways))]
+
+    def _job(self, way: Way, kept: np.ndarray) -> SuperresJob:
+        job = make_job(
+            self.section,
+            way.loaded,
+            scale=100 / way.loaded.method.requirements.bin_um,
+            genes=self.genes,
+            samples=1,
+            use_lr=True,
+            spots=way.spots,
+            consistency=way.consistency,
+            region=None,
+            name="evaluated",
+            seed=self.seed,
+            kept=kept,
+        )
+        job = replace(job, sees_image=way.sees_image)
+        return with_features(job, None, overwrite=False, progress=silent, report=silent)
+
+    def _denoised(self, kept: np.ndarray) -> Denoised:
+        """Visible spots denoised for the genes of all ways, once per fold."""
+        way = next(way for way in self.ways if DENOISED in (way.spots, way.consistency))
+        read = {gene for each in self.ways for gene in self._job(each, kept[:1]).read_panel}
+        counts = self._job(way, kept).counts
+        assert counts is not None
+        fitted = counts.fitted([*read, *self.genes]).denoised
+        assert fitted is not None
+        return fitted
+
+    def _sums(self, jobs: list[SuperresJob], hidden: np.ndarray) -> list[np.ndarray]:
+        """Counts of hidden spots (hidden, g), from the maps of jobs that differ in consistency only."""
+        spots = self.section.spots
+        assert spots is not None
+        job = jobs[0]
+        over = spots.take(hidden).measurement(job.grid)
+        off = over.bins_seen <= 0
+        sums = [np.full((len(hidden), len(self.genes)), np.nan) for _ in jobs]
+        step = max(1, MEMORY_BYTES // (4 * job.grid.height * job.grid.width))
+        for start in range(0, len(self.genes), step):
+            genes = slice(start, min(start + step, len(self.genes)))
+            maps = predicted_maps(job, genes, self.interruption.stop)
+            for each, values in zip(jobs, sums, strict=True):
+                made = _finished(each, maps, genes)
+                values[:, genes] = np.where(off[:, None], np.nan, over.add_up(made))
+        return sums
+
+
+def _with(job: SuperresJob, denoised: Denoised) -> SuperresJob:
+    assert job.counts is not None
+    return replace(job, counts=replace(job.counts, denoised=denoised))
+
+
+def _finished(job: SuperresJob, maps: np.ndarray, genes: slice) -> np.ndarray:
+    """As `superres` writes them: corrected, and zero outside the support."""
+    if job.counts is not None and job.counts.consistency != NONE:
+        assert job.correction is not None
+        maps = maps.copy()
+        job.correction.apply(maps, job.counts.targets(job.genes[genes], job.corrected))
+    return np.where(job.support, maps, np.float32(0))

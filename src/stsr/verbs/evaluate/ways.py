@@ -1,0 +1,71 @@
+"""The ways of making a map that are compared on a slide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stsr.verbs.superres.loading import Loaded
+from stsr.verbs.superres.spots import DENOISED, EXACT, NONE, RAW
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of making a map.
+
+    Parameters
+    ----------
+    label
+        In tables and figures.
+    loaded
+        Method or model.
+    spots, consistency
+        As in `stsr.superres`, resolved.
+    sees_image
+        False shows a white slide instead of the H&E.
+    options
+        Options of ``stsr superres`` that make maps this way; empty if there are none.
+    """
+
+    label: str
+    loaded: Loaded
+    spots: str
+    consistency: str
+    sees_image: bool = True
+    options: str = ""
+
+    @property
+    def inputs(self) -> tuple[int, str, bool]:
+        """Ways with equal inputs differ in what is done to the finished map only."""
+        return id(self.loaded), self.spots, self.sees_image
+
+
+RAW_BILINEAR = "bilinear, raw spots"
+BILINEAR = "bilinear, denoised spots"
+MODEL = "model, denoised spots"
+WHITE = f"{MODEL}, no H&E"
+
+
+def ways_of(bilinear: Loaded, model: Loaded | None, model_options: str) -> list[Way]:
+    """Interpolation, and the model if there is one, with raw and denoised spots, with and without consistency.
+
+    Parameters
+    ----------
+    bilinear
+        Interpolation.
+    model
+        The model to compare with it.
+    model_options
+        How ``stsr superres`` is given this model.
+    """
+    plain = "--method bilinear"
+    found = [
+        Way(RAW_BILINEAR, bilinear, RAW, NONE, options=f"{plain} --spots raw --consistency none"),
+        Way(BILINEAR, bilinear, DENOISED, NONE, options=f"{plain} --spots denoised --consistency none"),
+    ]
+    if model is None:
+        return found
+    for spots, consistency in ((RAW, NONE), (RAW, EXACT), (DENOISED, NONE), (DENOISED, DENOISED)):
+        label = f"model, {spots} spots" + (", consistent" if consistency != NONE else "")
+        options = f"{model_options} --spots {spots} --consistency {consistency}".strip()
+        found.append(Way(label, model, spots, consistency, options=options))
+    return [*found, Way(WHITE, model, DENOISED, NONE, sees_image=False)]
