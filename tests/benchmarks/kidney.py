@@ -22,16 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 import zarr
 from skimage.transform import resize
 
 import stsr
 from stsr import metrics
 from stsr.geometry.grid import Grid, add_up
-from stsr.methods.batch import Batch, lr_mean
-from stsr.methods.method import interpolated
-from stsr.spots.denoising import denoise
 from stsr.store.section import Section, open_section
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -43,6 +39,7 @@ GENES = 200
 FACTORS = (2, 4, 8)
 SETTINGS = {"gap_lr": 2, "select": "last", "validation_tiles": 16, "storage": "float16"}
 STEPS = {"unet": 1200, "c3diff": 600, "diffst": 600}
+DENOISED = ", denoised spots"
 OWN = {"unet": {"factors": 64}}
 
 BREAST = ("xenium_same_he", "xenium_serial_he")
@@ -87,6 +84,7 @@ def main() -> None:
     parser.add_argument(
         "--coarse", action="store_true", help="score each model also with an H&E of 10 um per pixel"
     )
+    parser.add_argument("--denoised", action="store_true", help="score each model also from denoised spots")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--print", action="store_true", help="only print the table of what is scored")
     asked = parser.parse_args()
@@ -96,14 +94,18 @@ def main() -> None:
     bench = Bench(asked.folder, asked.runs, asked.breast)
     if not asked.print:
         bench.score("bilinear", 0, method="bilinear")
-        bench.score_denoised()
+        bench.score(f"bilinear{DENOISED}", 0, method="bilinear", spots="denoised")
         for label, file in (entry.split("=", 1) for entry in asked.model):
             bench.score(label, 0, model=file)
+            if asked.denoised:
+                bench.score(f"{label}{DENOISED}", 0, model=file, spots="denoised")
         for seed in asked.seeds:
             for label in filter(None, labels):
                 name = f"{label} {asked.features.stem}" if asked.features else label
                 model = bench.trained(label, name, seed, asked.steps, asked.settings, asked.features)
                 bench.score(name, seed, model=model)
+                if asked.denoised:
+                    bench.score(f"{name}{DENOISED}", seed, model=model, spots="denoised")
                 if asked.coarse:
                     bench.score(f"{name}, H&E of 10 um", seed, store=bench.coarse_store(), model=model)
     bench.print()
@@ -204,38 +206,12 @@ class Bench:
             genes=self.genes,
             region=UNSEEN_UM,
             samples=1,
-            spots="raw",
             consistency="none",
             overwrite=True,
-            **options,
+            **{"spots": "raw"} | options,
         )
         found = open_section(store).map(made.element).read(self.genes, window=self.area).astype(float)
         self._add(label, seed, found)
-
-    def score_denoised(self) -> None:
-        """Interpolate denoised spots, which need neither image nor training."""
-        label = "bilinear, denoised spots"
-        if (self.scores["label"] == label).any():
-            return
-        section = open_section(self.store)
-        spots, grid = section.spots, section.grid(10.0)
-        assert spots is not None
-        measurement, seeing = spots.measurement(grid).of_seeing_spots()
-        columns = [spots.genes.index(gene) for gene in self.genes]
-        lr, mask = measurement.raster(denoise(spots.counts, genes=columns).expected()[seeing])
-        mean = lr_mean(lr, mask)
-        tile = Batch(
-            image=torch.zeros(1, 3, 1, 1, dtype=torch.uint8),
-            lr=torch.from_numpy(lr)[None],
-            lr_mask=torch.from_numpy(mask)[None],
-            has_lr=torch.ones(1, dtype=torch.bool),
-            lr_mean=torch.from_numpy(mean)[None],
-            genes=torch.eye(len(columns)),
-            names=tuple(self.genes),
-        )
-        maps = interpolated(tile, tile.lr_mean, 10)[0].numpy().astype(float)
-        row, column = grid.offset_of(self.area)
-        self._add(label, 0, maps[:, row : row + self.area.height, column : column + self.area.width])
 
     def _add(self, label: str, seed: int, found: np.ndarray) -> None:
         rows = [{"label": label, "seed": seed, **row} for row in self._rows(found)]
