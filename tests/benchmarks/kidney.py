@@ -42,6 +42,7 @@ STEPS = {"unet": 1200, "c3diff": 600, "diffst": 600}
 DENOISED = ", denoised spots"
 OWN = {"unet": {"factors": 64}}
 
+IMAGES = {"coarse": "H&E of 10 um", "white": "no H&E"}
 BREAST = ("xenium_same_he", "xenium_serial_he")
 
 # label -> (method, settings, organs)
@@ -60,6 +61,14 @@ VARIANTS: dict[str, tuple[str, dict, str]] = (
             "2 um narrow encoder": {"image_channels": 24},
             "2 um wide encoder": {"image_channels": 96},
         }.items()
+    }
+    | {
+        f"c3diff {image_um} um with 16 genes per tile": (
+            "c3diff",
+            {"image_um": float(image_um), "genes_per_tile": 16},
+            "kidney",
+        )
+        for image_um in (10, 2)
     }
     | {
         f"unet {organs}": ("unet", {"image_um": 2.0, **OWN["unet"]}, organs)
@@ -81,9 +90,7 @@ def main() -> None:
         "--model", action="append", default=[], metavar="LABEL=FILE", help="score another model"
     )
     parser.add_argument("--features", type=Path, help="patch features or their encoder, for all trainings")
-    parser.add_argument(
-        "--coarse", action="store_true", help="score each model also with an H&E of 10 um per pixel"
-    )
+    parser.add_argument("--images", nargs="+", default=[], choices=IMAGES, help="score also with another H&E")
     parser.add_argument("--denoised", action="store_true", help="score each model also from denoised spots")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--print", action="store_true", help="only print the table of what is scored")
@@ -106,8 +113,9 @@ def main() -> None:
                 bench.score(name, seed, model=model)
                 if asked.denoised:
                     bench.score(f"{name}{DENOISED}", seed, model=model, spots="denoised")
-                if asked.coarse:
-                    bench.score(f"{name}, H&E of 10 um", seed, store=bench.coarse_store(), model=model)
+                for kind, label in IMAGES.items():
+                    if kind in asked.images:
+                        bench.score(f"{name}, {label}", seed, store=bench.altered_store(kind), model=model)
     bench.print()
 
 
@@ -180,18 +188,16 @@ class Bench:
         assert hr is not None
         return [*sections, *stores], list(dict.fromkeys([*genes, *hr.genes]))
 
-    def coarse_store(self) -> Path:
-        """A copy of the section whose H&E shows no more than a scan of 10 um per pixel."""
-        store = self.work / "coarse" / self.store.name
+    def altered_store(self, kind: str) -> Path:
+        """A copy of the section with another H&E: ``coarse`` as a scan of 10 um per pixel, or ``white``."""
+        store = self.work / kind / self.store.name
         if not store.exists():
             shutil.copytree(self.store, store)
             image = open_section(store).image
             assert image is not None
             small = image.overview(10.0).levels[0]  # (3, y, x)
             for _, level in zarr.open_group(store / "images" / "he", mode="r+").arrays():
-                level[:] = np.stack(
-                    [resize(plane, level.shape[1:], order=1, preserve_range=True) for plane in small]
-                ).astype(np.uint8)
+                level[:] = 255 if kind == "white" else _resized(small, level.shape[1:])
         return store
 
     def score(self, label: str, seed: int, store: Path | None = None, **options) -> None:
@@ -265,6 +271,11 @@ def _most_counted(section: Section) -> list[str]:
     order = np.argsort(-totals, kind="stable")
     named = [spots.genes[index] for index in order if not spots.genes[index].startswith("MT-")]
     return named[:GENES]
+
+
+def _resized(planes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Colour planes (3, y, x) interpolated to another shape, uint8."""
+    return np.stack([resize(plane, shape, order=1, preserve_range=True) for plane in planes]).astype(np.uint8)
 
 
 def _cell(values: np.ndarray) -> str:
