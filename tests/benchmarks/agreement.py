@@ -35,6 +35,7 @@ RUNS: dict[str, dict] = {
     "model, raw spots, exact": {"spots": "raw", "consistency": "exact"},
     "model, denoised spots": DENOISED,
     "model, denoised spots, adding up to them": {"spots": "denoised", "consistency": "denoised"},
+    "model adapted to the slide, denoised spots": DENOISED | {"adapt": "auto"},
     "model, no spots": {"use_lr": False},
 }
 

@@ -55,6 +55,18 @@ Consistency = Annotated[
         "auto: exact for spots simulated as sums, else none.",
     ),
 ]
+_adapting = partial(typer.Option, rich_help_panel="Adaptation to the slide")
+Adapt = Annotated[
+    str,
+    _adapting(
+        metavar="off|auto|STEPS",
+        help="Train the model on the slide's own spots first, and keep it if it predicts reserved spots better.",
+    ),
+]
+AdaptMinutes = Annotated[float, _adapting(min=0, help="Time limit of the adaptation.")]
+SaveModel = Annotated[
+    Path | None, _adapting("--save-model", help="Write the model that was kept to this file.")
+]
 Features = Annotated[
     Path | None,
     _sampling(
@@ -85,6 +97,9 @@ def superres(
     no_lr: NoLr = False,
     spots: SpotCounts = "auto",
     consistency: Consistency = "auto",
+    adapt: Adapt = "off",
+    adapt_minutes: AdaptMinutes = 10.0,
+    save_model: SaveModel = None,
     region: options.RegionOfInterest = None,
     name: Name = None,
     output: Output = None,
@@ -116,6 +131,9 @@ def superres(
         use_lr=not no_lr,
         spots=spots,
         consistency=consistency,
+        adapt=adapt,
+        adapt_minutes=adapt_minutes,
+        save_model=save_model,
         region=options.region_um(region),
         name=name,
         output=output,

@@ -90,7 +90,7 @@ class UNetRegression(Method):
         """Compute factor maps (b, factors, H, W), averaged over views when predicting."""
         if self.training or self.config.views == 1:
             return self._factors(batch)
-        views = [self._oriented(batch, view) for view in range(self.config.views)]
+        views = [self.oriented(batch, view) for view in range(self.config.views)]
         return sum(views[1:], start=views[0]) / self.config.views
 
     def _factors(self, batch: Batch) -> torch.Tensor:
@@ -104,7 +104,7 @@ class UNetRegression(Method):
         )  # (b, c, H, W)
         return self.trunk(torch.cat([self.encode(batch), spots], 1)).float()
 
-    def _oriented(self, batch: Batch, view: int) -> torch.Tensor:
+    def oriented(self, batch: Batch, view: int) -> torch.Tensor:
         """Factor maps from a tile rotated by ``view`` quarter turns (and mirrored from 4 on), rotated back."""
 
         def turned(values: torch.Tensor) -> torch.Tensor:

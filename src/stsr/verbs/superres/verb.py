@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+from stsr import checkpoint
 from stsr.device import resolve_device
 from stsr.errors import UsageError
 from stsr.files import disk_errors
@@ -18,9 +21,11 @@ from stsr.signals import Interrupted, interruptible
 from stsr.store import catalogue
 from stsr.store.section import Section, open_section
 from stsr.store.workspace import Workspace
+from stsr.verbs.superres.adaptation import AUTO, OFF, adaptable, wanted_adaptation
+from stsr.verbs.superres.adaptation import adapt as adapt_model
 from stsr.verbs.superres.features import with_features
-from stsr.verbs.superres.job import check_included, make_job, notes_on_result
-from stsr.verbs.superres.loading import configure_sampling, load
+from stsr.verbs.superres.job import SuperresJob, check_included, make_job, notes_on_result
+from stsr.verbs.superres.loading import Loaded, configure_sampling, load
 from stsr.verbs.superres.loop import write_maps
 from stsr.verbs.superres.spots import with_denoised
 
@@ -69,6 +74,9 @@ def superres(
     name: str | None = None,
     output: str | Path | None = None,
     features: str | Path | None = None,
+    adapt: str | int = "off",
+    adapt_minutes: float = 10.0,
+    save_model: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
@@ -117,6 +125,14 @@ def superres(
     features
         The encoder or the array of patch features, for a model that was trained with features; by default the
         section's cached ones. They are computed once and cached in the section.
+    adapt
+        ``auto`` or a number of steps: train the model on the slide's own spots first, and keep it if it predicts
+        reserved spots better (`stsr.verbs.superres.adaptation`); ``auto`` also trains one from nothing where there are
+        enough spots. ``off`` uses the model as it is.
+    adapt_minutes
+        Adaptation begins no new step after this time.
+    save_model
+        Write the model that was kept to this file.
     seed
         The same seed gives the same maps.
     device
@@ -141,24 +157,49 @@ def superres(
     _check_output(section, output)
     loaded = load(model, method, section, use_lr=use_lr, device=resolve_device(device))
     configure_sampling(loaded.method, steps=steps, sampler=sampler, guidance=guidance)
-    job = make_job(
-        section,
-        loaded,
-        scale=scale,
-        genes=genes,
-        samples=samples,
-        use_lr=use_lr,
-        spots=spots,
-        consistency=consistency,
-        region=region,
-        name=name,
-        seed=seed,
-    )
-    check_included(including, job.genes)
     report, progress = report or silent, progress or silent
+    wished = wanted_adaptation(adapt)
+    if save_model is not None and wished == OFF:
+        raise UsageError("--save-model keeps an adapted model; add --adapt auto")
+
+    def make(method: Loaded, kept: np.ndarray | None = None) -> SuperresJob:
+        return make_job(
+            section,
+            method,
+            scale=scale,
+            genes=genes,
+            samples=samples if method is loaded or method.method.samples else None,
+            use_lr=use_lr,
+            spots=spots,
+            consistency=consistency,
+            region=region,
+            name=name,
+            seed=seed,
+            kept=kept,
+        )
+
+    job = make(loaded)
+    check_included(including, job.genes)
     for note in job.notes:
         report(note)
     job = with_features(job, features, overwrite=overwrite, progress=progress, report=report)
+    if wished != OFF and (wished != AUTO or adaptable(job)):
+        steps = None if wished == AUTO else int(wished)
+        with interruptible() as interruption:
+            found = adapt_model(
+                loaded,
+                lambda method, kept: replace(make(method, kept), features=job.features),
+                steps=steps,
+                minutes=adapt_minutes,
+                seed=seed,
+                progress=progress,
+                interruption=interruption,
+            )
+        report(found.note)
+        job = replace(make(found.loaded), features=job.features)
+        job = replace(job, provenance={**job.provenance, "adaptation": found.record})
+        if save_model is not None:
+            _save(found.loaded, save_model, job)
     job = with_denoised(job, progress)
     with interruptible() as interruption, _destination(section.path, output) as target:
         error = write_maps(
@@ -182,6 +223,16 @@ def superres(
         seconds=time.monotonic() - began,
         notes=job.notes + remarks,
     )
+
+
+def _save(loaded: Loaded, path: str | Path, job: SuperresJob) -> None:
+    """Write an adapted model, with what it was adapted to."""
+    provenance = {
+        "trained_on": job.section.name,
+        "adapted_from": job.provenance.get("model"),
+        "adaptation": job.provenance["adaptation"],
+    }
+    checkpoint.save(path, loaded.method, loaded.name, provenance)
 
 
 def _check_output(section: Section, output: str | Path | None) -> None:

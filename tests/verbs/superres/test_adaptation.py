@@ -1,0 +1,211 @@
+"""Training a model on the slide's own spots."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from stsr import checkpoint
+from stsr.errors import UsageError
+from stsr.methods import method_class
+from stsr.progress import silent
+from stsr.signals import interruptible
+from stsr.store.section import open_section
+from stsr.verbs.superres import adaptation
+from stsr.verbs.superres.adaptation import Schedule, Slide, Training, adapt, wanted_adaptation
+from stsr.verbs.superres.job import make_job
+from stsr.verbs.superres.loading import load
+from stsr.verbs.superres.spots import with_denoised
+from stsr.verbs.superres.tiles import Tile
+from stsr.verbs.superres.verb import superres
+
+GENES = ["GATA3", "LUM", "LYZ", "EPCAM", "POSTN"]
+SCHEDULE = Schedule(steps=6, tiles=1, learning_rate=5e-3, check_every=3)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The simulated slide has some forty spots."""
+    monkeypatch.setattr(adaptation, "LEAST_SPOTS", 20)
+    monkeypatch.setattr(adaptation, "LEAST_SPOTS_FRESH", 1000)
+    monkeypatch.setattr(adaptation, "TUNE", SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def model(tissue, tmp_path_factory):
+    """A small U-Net with new weights."""
+    torch.manual_seed(0)
+    chosen = method_class("unet")
+    config = chosen.Config(tile_lr=4, overlap_lr=2, widths=(8, 8), factors=4, lr_channels=8, views=4)
+    method = chosen(config, tuple(tissue.genes), np.full(len(tissue.genes), 5.0))
+    return checkpoint.save(tmp_path_factory.mktemp("m") / "m.safetensors", method, "unet", {})
+
+
+@pytest.fixture
+def section(visium_section):
+    return open_section(visium_section)
+
+
+def _maker(section):
+    options = {
+        "scale": 10,
+        "genes": GENES,
+        "use_lr": True,
+        "seed": 0,
+        "spots": "denoised",
+        "consistency": "none",
+    }
+    options |= dict.fromkeys(("samples", "region", "name"))
+    return lambda loaded, kept: make_job(section, loaded, kept=kept, **options)
+
+
+def _loaded(section, model):
+    return load(model, None, section, use_lr=True, device=torch.device("cpu"))
+
+
+def _adapt(section, model, **options):
+    usual = {"steps": None, "minutes": 10, "seed": 0, "progress": silent}
+    with interruptible() as interruption:
+        loaded = _loaded(section, model)
+        return loaded, adapt(loaded, _maker(section), **usual | options, interruption=interruption)
+
+
+def _weights(loaded):
+    return torch.cat([value.flatten() for value in loaded.method.parameters()]).detach()
+
+
+def test_training_on_the_slide_predicts_reserved_spots_better(section, model):
+    loaded, found = _adapt(section, model)
+    losses = found.record["loss_of_reserved_spots"]
+    assert found.record["kept"] == "adapted" and losses["adapted"] < losses["unadapted"]
+    assert found.loaded.method.config.views == loaded.method.config.views == 4
+    assert (_weights(found.loaded) != _weights(loaded)).any()
+    assert f"{found.record['reserved_spots']} reserved spots" in found.note
+
+
+def test_a_model_that_gets_worse_is_not_kept(section, model, monkeypatch):
+    monkeypatch.setattr(adaptation, "TUNE", replace(SCHEDULE, learning_rate=30.0))
+    loaded, found = _adapt(section, model)
+    assert found.record["kept"] == "unadapted" and found.loaded is loaded
+    assert "not adapted" in found.note
+
+
+def test_the_given_model_is_left_as_it_was(section, model):
+    before = _weights(_loaded(section, model))
+    loaded, found = _adapt(section, model)
+    assert found.loaded is not loaded
+    assert torch.equal(_weights(loaded), before)
+
+
+def test_the_same_seed_gives_the_same_weights(section, model):
+    first, second, other = (_adapt(section, model, seed=seed)[1] for seed in (0, 0, 1))
+    assert torch.equal(_weights(first.loaded), _weights(second.loaded))
+    assert not torch.equal(_weights(first.loaded), _weights(other.loaded))
+
+
+def _trained(section, model, slide, change):
+    """Weights after some steps, with the counts of some spots changed."""
+    spots = section.spots
+    counts = spots.counts.toarray()
+    counts[change] = counts[change][:, ::-1] * 4
+    section.__dict__["spots"] = replace(spots, counts=sp.csr_matrix(counts))
+    try:
+        job = with_denoised(_maker(section)(_loaded(section, model), slide.kept), silent)
+        training = Training(job, slide, SCHEDULE, seed=0)
+        optimiser = torch.optim.SGD(training.method.parameters(), lr=0.1)
+        for _ in range(3):
+            optimiser.zero_grad()
+            training._tile_loss().backward()
+            optimiser.step()
+        return _weights(job.loaded)
+    finally:
+        section.__dict__["spots"] = spots
+
+
+def test_reserved_spots_teach_nothing(section, model):
+    slide = Slide.of(_maker(section)(_loaded(section, model), None), seed=0)
+    assert not set(slide.kept) & set(slide.reserved) and len(slide.reserved) > 2
+    plain = _trained(section, model, slide, slide.kept[:0])
+    assert torch.equal(_trained(section, model, slide, slide.reserved), plain)
+    assert not torch.equal(_trained(section, model, slide, slide.kept[:5]), plain)
+
+
+def test_spots_that_the_network_does_not_see_weigh_more(section, model, monkeypatch):
+    slide = Slide.of(_maker(section)(_loaded(section, model), None), seed=0)
+    job = with_denoised(_maker(section)(_loaded(section, model), slide.kept), silent)
+    training = Training(job, slide, SCHEDULE, seed=0)
+    shares = [seen.mean() for seen in training.visible]
+    assert 0.5 < np.mean(shares) < 0.9
+    state = training.rng.bit_generator.state
+    usual = training._tile_loss().item()
+    training.rng.bit_generator.state = state
+    monkeypatch.setattr(adaptation, "HIDDEN_WEIGHT", 1.0)
+    assert training._tile_loss().item() != usual
+
+
+def test_the_loss_is_that_of_summed_maps(section, model):
+    """Of a map that is the same everywhere, spots hold their area times its value."""
+    slide = Slide.of(_maker(section)(_loaded(section, model), None), seed=0)
+    job = with_denoised(_maker(section)(_loaded(section, model), slide.kept), silent)
+    tile = Tile(0, 0, 40, 40)
+    part, rows = adaptation._inside(job.measurement.matrix, job.grid.shape, tile)
+    flat = part[rows] @ np.full(tile.height * tile.width, 2.0)
+    np.testing.assert_allclose(flat, 2 * job.measurement.bins_seen[rows], rtol=1e-6)
+    x, y = (job.measurement.centres_um[rows] - [job.grid.x0_um, job.grid.y0_um]).T
+    assert ((x > 27) & (x < 373) & (y > 27) & (y < 373)).all() and len(rows) >= 8
+
+
+def test_a_fresh_model_is_tried_where_there_are_enough_spots(section, model, monkeypatch):
+    monkeypatch.setattr(adaptation, "LEAST_SPOTS_FRESH", 20)
+    monkeypatch.setattr(adaptation, "FRESH", SCHEDULE)
+    _, found = _adapt(section, model)
+    assert set(found.record["loss_of_reserved_spots"]) == {
+        "unadapted",
+        "adapted",
+        "trained on this slide alone",
+    }
+    assert set(found.record["steps"].values()) <= {0, 3, 6}
+
+
+def test_time_is_limited(section, model):
+    found = _adapt(section, model, minutes=0)[1]
+    assert max(found.record["steps"].values()) <= 1
+
+
+def test_superres_adapts_and_keeps_the_model(visium_section, fresh_copy, model, tmp_path):
+    store, kept = fresh_copy(visium_section), tmp_path / "kept.safetensors"
+    made = superres(store, model=model, genes=GENES, adapt="auto", save_model=kept, name="adapted")
+    plain = superres(store, model=model, genes=GENES, name="plain")
+    again = superres(store, model=kept, genes=GENES, name="again")
+    section = open_section(store)
+    maps = {each.element: section.map(each.element).read(GENES) for each in (made, plain, again)}
+    assert section.provenance["adapted"]["adaptation"]["kept"] == "adapted"
+    assert "adaptation" not in section.provenance["plain"]
+    np.testing.assert_allclose(maps["again"], maps["adapted"], rtol=1e-5, atol=1e-7)
+    assert np.abs(maps["plain"] - maps["adapted"]).max() > 1e-3 * maps["plain"].max()
+    assert checkpoint.describe(kept)["provenance"]["trained_on"] == section.name
+
+
+def test_auto_leaves_sums_alone(xenium_section, fresh_copy, model):
+    store = fresh_copy(xenium_section)
+    superres(store, model=model, genes=GENES, adapt="auto", name="s")
+    assert "adaptation" not in open_section(store).provenance["s"]
+
+
+@pytest.mark.parametrize("wrong", ["yes", "-3", "0", "1.5"])
+def test_bad_values(wrong):
+    with pytest.raises(UsageError, match="off, auto or a number"):
+        wanted_adaptation(wrong)
+
+
+def test_what_cannot_be_adapted_is_refused(visium_section, fresh_copy, model, monkeypatch):
+    store = fresh_copy(visium_section)
+    with pytest.raises(UsageError, match="cannot be adapted"):
+        superres(store, method="bilinear", genes=GENES, adapt=10)
+    with pytest.raises(UsageError, match="add --adapt auto"):
+        superres(store, model=model, genes=GENES, save_model="x.safetensors")
+    monkeypatch.setattr(adaptation, "LEAST_SPOTS", 10_000)
+    with pytest.raises(UsageError, match="at least 10000 spots"):
+        superres(store, model=model, genes=GENES, adapt=10)
