@@ -59,8 +59,9 @@ _adapting = partial(typer.Option, rich_help_panel="Adaptation to the slide")
 Adapt = Annotated[
     str,
     _adapting(
-        metavar="off|auto|STEPS",
-        help="Train the model on the slide's own spots first, and keep it if it predicts reserved spots better.",
+        metavar="STEPS",
+        help="off, auto or a number of steps: train the model on the slide's own spots first, and keep it if it "
+        "predicts reserved spots better.",
     ),
 ]
 AdaptMinutes = Annotated[float, _adapting(min=0, help="Time limit of the adaptation.")]
