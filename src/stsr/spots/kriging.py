@@ -34,7 +34,7 @@ _JITTER = 1e-8  # smallest nugget; spots at the same place are singular without
 _POINTS = 2**12  # points whose weights are solved for at once, for bounded memory
 _VALUES = 2**22  # values of genes x points held at once, likewise
 _LEAST_SPOTS = 10  # that choose length and nugget
-_CHOICE_GENES, _CHOICE_SPOTS = 300, 5000  # most genes and spots of the choice
+_CHOICE_GENES, _CHOICE_SPOTS = 300, 2500  # most genes and spots of the choice
 _CHOICE_COUNTS = 100  # fewest counts of a gene there, if any gene has as many
 _TRIANGLE = np.exp(2j * np.pi / 3 * np.arange(3)) / np.sqrt(
     2
