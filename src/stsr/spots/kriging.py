@@ -31,7 +31,7 @@ _MOST_SPREAD = (
     4.0  # largest sill, in variances of a gene's log densities; it is a ratio and may be ill-defined
 )
 _JITTER = 1e-8  # smallest nugget; spots at the same place are singular without
-_POINTS = 2**12  # points whose weights are solved for at once, for bounded memory
+_POINTS = 2**10  # points whose weights are solved for at once, for bounded memory
 _VALUES = 2**22  # values of genes x points held at once, likewise
 _LEAST_SPOTS = 10  # that choose length and nugget
 _CHOICE_GENES, _CHOICE_SPOTS = 300, 2500  # most genes and spots of the choice
@@ -137,18 +137,19 @@ class Kriging:
 
     def _solved(self, points: np.ndarray, spot: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Solve ``K w + m = r, sum(w) = 1`` for each point (p, 2) and its spots (p, k)."""
-        place = self.centres_um[spot]  # (p, k, 2)
-        among = self._covariance(np.linalg.norm(place[:, :, None] - place[:, None], axis=-1))  # (p, k, k)
+        x, y = self.centres_um[:, 0][spot], self.centres_um[:, 1][spot]  # (p, k)
+        among = self._covariance(x[:, :, None] - x[:, None], y[:, :, None] - y[:, None])  # (p, k, k)
         among += (self.nugget + _JITTER) * np.eye(spot.shape[1])
-        to = self._covariance(np.linalg.norm(place - points[:, None], axis=-1))  # (p, k)
+        to = self._covariance(x - points[:, :1], y - points[:, 1:])  # (p, k)
         simple, one = np.moveaxis(np.linalg.solve(among, np.stack([to, np.ones_like(to)], -1)), -1, 0)
         lagrange = (1 - simple.sum(1)) / one.sum(1)
         weight = simple + one * lagrange[:, None]
         missing = 1 - (weight * to).sum(1) - lagrange  # of 1, what w' K w lacks
         return spot.astype(np.int32), weight.astype(np.float32), np.maximum(missing, 0).astype(np.float32)
 
-    def _covariance(self, distance: np.ndarray) -> np.ndarray:
-        scaled = np.sqrt(3) / self.length_um * distance
+    def _covariance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Covariance of places that are (x, y) um apart."""
+        scaled = np.sqrt(3) / self.length_um * np.sqrt(x * x + y * y)
         return (1 + scaled) * np.exp(-scaled)
 
 
