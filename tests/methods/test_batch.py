@@ -1,11 +1,14 @@
 """Batches: hiding spots, choosing genes, cutting windows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from stsr.geometry.grid import Grid
 from stsr.methods.batch import Batch, Requirements, cut, lr_mean
+from stsr.methods.method import interpolated
 from stsr.verbs.superres.field import Field
 
 
@@ -39,6 +42,28 @@ def test_some_genes_in_any_order():
     assert torch.equal(part.genes, torch.eye(3)[[2, 0]]) and torch.equal(
         part.lr_mean[:, 0], batch.lr_mean[:, 2]
     )
+
+
+def test_the_base_goes_with_its_tiles_and_genes():
+    base = torch.rand(2, 3, 20, 20)
+    batch = replace(make(), base=base)
+    assert torch.equal(batch.of_genes(torch.tensor([2, 0])).base, base[:, [2, 0]])
+    assert torch.equal(batch.of_tiles(slice(1, 2)).base, base[1:])
+    assert batch.to("cpu").base is base
+    assert make().of_genes(torch.tensor([0])).base is None and make().of_tiles(slice(1)).base is None
+
+
+def test_the_base_is_what_spots_say_where_they_are_shown():
+    base = torch.rand(2, 3, 20, 20)
+    plain = make()
+    batch = replace(plain, base=base)
+    assert torch.equal(interpolated(batch, batch.lr_mean, 10), base)
+    drop = torch.tensor([True, False])
+    hidden, bare = batch.without_lr(drop), plain.without_lr(drop)
+    assert not hidden.base[0].any() and torch.equal(hidden.base[1], base[1])
+    found = interpolated(hidden, batch.lr_mean, 10)
+    assert torch.equal(found[0], interpolated(bare, batch.lr_mean, 10)[0]) and found[0].any()
+    assert torch.equal(found[1], base[1])
 
 
 def test_cut_is_zero_outside():

@@ -7,7 +7,7 @@ import torch
 
 from stsr.diffusion.noise import Noise, TileNoise
 from stsr.methods import method_class
-from stsr.methods.method import configured
+from stsr.methods.method import configured, interpolated
 from stsr.methods.regression import RegressionConfig, UNetRegression
 
 LEARNING = ("unet", "corrdiff", "c3diff", "diffst")
@@ -134,6 +134,38 @@ def test_a_gene_that_was_not_measured_is_predicted_whatever_its_spots_hold(name,
     ]
     assert torch.equal(*maps)
     assert (maps[0][:, 1] > 0).any()
+
+
+@pytest.mark.parametrize("name", (*LEARNING, "bilinear", "bicubic"))
+@torch.no_grad()
+def test_the_base_replaces_the_interpolated_spots(name, tiles, panel):
+    batch = replace(tiles(), image=stripes(2, 3))
+    method = model(name, panel) if name in LEARNING else method_class(name)(panel=panel)
+    base = interpolated(batch, method.scale(batch), 10, getattr(method, "mode", "bilinear"))
+    marked = base.clone()
+    marked[:, :, 12:18, 5:25] += 2
+    plain, same, changed = (predicted(method, replace(batch, base=each)) for each in (None, base, marked))
+    torch.testing.assert_close(same, plain)
+    rise = (changed - plain).mean((0, 1))
+    assert rise[12:18, 5:25].mean() > 0.2 > 4 * rise[:8].abs().mean()
+    hidden = torch.tensor([True, True])
+    torch.testing.assert_close(
+        predicted(method, replace(batch, base=marked).without_lr(hidden)),
+        predicted(method, batch.without_lr(hidden)),
+    )
+
+
+@pytest.mark.parametrize("name", LEARNING)
+@torch.no_grad()
+def test_the_base_of_a_gene_that_was_not_measured_is_its_mean(name, tiles, panel):
+    method, batch = model(name, panel), replace(tiles(), image=stripes(2, 3))
+    measured = torch.ones(2, len(panel), dtype=torch.bool)
+    measured[:, 1] = False
+    base = torch.rand_like(batch.hr)
+    full = method.completed(replace(batch, measured=measured, base=base))
+    expected = (full.lr_mean[:, 1] / 100)[:, None, None].expand(2, 30, 30)
+    torch.testing.assert_close(full.base[:, 1], expected)
+    assert torch.equal(full.base[:, 2:], base[:, 2:])
 
 
 def test_a_gene_that_was_not_measured_has_the_depth_of_the_section(panel, tiles):

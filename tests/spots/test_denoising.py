@@ -6,8 +6,9 @@ from scipy.special import xlogy
 
 from stsr.errors import StsrError
 from stsr.spots import denoising
-from stsr.spots.denoising import denoise, halves, negative_binomial_size
+from stsr.spots.denoising import denoise, negative_binomial_size
 from stsr.spots.factors import residuals, scaled, spot_factors
+from stsr.spots.splitting import split
 
 
 def _tissue(spots=300, genes=60, rank=3, level=1.5, spread=1.0, seed=0):
@@ -137,17 +138,6 @@ def test_there_are_no_more_factors_than_dimensions():
     assert spot_factors(sp.csr_matrix(np.full((100, 30), 5.0)), 8).shape == (100, 0)
 
 
-def test_halves_are_independent_and_add_up():
-    _, counts = _tissue(spread=0, level=6)
-    one, other = halves(counts, np.random.default_rng(0))
-    np.testing.assert_array_equal((one + other).toarray(), counts.toarray())
-    noise = [half.toarray() - 0.5 * _flat(counts) for half in (one, other)]
-    assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.05
-    fractions = sp.csr_matrix(np.full((200, 50), 0.3))
-    one, other = halves(fractions, np.random.default_rng(0))
-    assert one.sum() + other.sum() == pytest.approx(fractions.sum(), rel=0.05)
-
-
 def test_counts_given_are_not_changed():
     _, counts = _tissue(spots=40)
     single = counts.astype(np.float32)
@@ -193,7 +183,7 @@ def test_too_little_to_learn_from_gives_constant_shares(dense):
 
 def test_a_half_without_counts_does_not_matter():
     pair = sp.csr_matrix(np.eye(2))
-    assert not all(halves(pair, np.random.default_rng(seed))[0].nnz for seed in range(9))
+    assert not all(split(pair, np.random.default_rng(seed))[0].nnz for seed in range(9))
     for seed in range(9):
         np.testing.assert_allclose(denoise(pair, seed=seed).expected(), 0.5, rtol=1e-4)
 
@@ -220,7 +210,7 @@ def test_denoising_real_spots_predicts_the_other_half_of_their_counts(real_data)
         parts = tuple(stored[name][:] for name in ("data", "indices", "indptr"))
         counts = sp.csc_matrix(parts, shape=tuple(stored["shape"][:])).T.tocsr()
     common = np.sort(np.argsort(-np.asarray(counts.sum(0)).ravel())[300:600])
-    one, other = halves(counts[:, common], np.random.default_rng(0))
+    one, other = split(counts[:, common], np.random.default_rng(0))
     truth = other.toarray()
     error = _deviance(denoise(one).expected(), truth)
     assert error < 0.85 * _deviance(_flat(one), truth)

@@ -89,6 +89,9 @@ class Batch:
         say nothing. None if every gene was measured.
     features
         (b, c, F, F) float32, patch features of the image; None if the method reads none.
+    base
+        (b, g, H, W) float32, counts per bin expected from the spots alone, such as kriged ones; None for the
+        interpolation of ``lr``. Without effect in tiles without spots.
     """
 
     image: torch.Tensor
@@ -101,6 +104,7 @@ class Batch:
     hr: torch.Tensor | None = None
     measured: torch.Tensor | None = None
     features: torch.Tensor | None = None
+    base: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the batch to a device."""
@@ -113,7 +117,13 @@ class Batch:
     def without_lr(self, drop: torch.Tensor) -> Batch:
         """Hide the spots of some tiles: ``drop`` (b,) bool."""
         keep = (~drop).to(self.lr.dtype)[:, None, None, None]
-        return replace(self, lr=self.lr * keep, lr_mask=self.lr_mask * keep, has_lr=self.has_lr & ~drop)
+        return replace(
+            self,
+            lr=self.lr * keep,
+            lr_mask=self.lr_mask * keep,
+            has_lr=self.has_lr & ~drop,
+            base=None if self.base is None else self.base * keep,
+        )
 
     def of_tiles(self, chosen: slice) -> Batch:
         """Select tiles."""
@@ -127,6 +137,7 @@ class Batch:
             hr=None if self.hr is None else self.hr[chosen],
             measured=None if self.measured is None else self.measured[chosen],
             features=None if self.features is None else self.features[chosen],
+            base=None if self.base is None else self.base[chosen],
         )
 
     def of_genes(self, chosen: torch.Tensor) -> Batch:
@@ -139,6 +150,7 @@ class Batch:
             names=tuple(self.names[index] for index in chosen.tolist()),
             hr=None if self.hr is None else self.hr[:, chosen],
             measured=None if self.measured is None else self.measured[:, chosen],
+            base=None if self.base is None else self.base[:, chosen],
         )
 
     def known(self) -> torch.Tensor:

@@ -166,7 +166,11 @@ class Method(nn.Module, ABC):
         depth = torch.where((depth > 0) & batch.has_lr[:, None], depth, 1.0)
         mean = torch.where(known > 0, batch.lr_mean, mixed * depth)
         lr = torch.where(known[..., None, None] > 0, batch.lr, mean[..., None, None] * (batch.lr_mask > 0))
-        return replace(batch, lr=lr, lr_mean=mean)
+        base = batch.base
+        if base is not None:
+            plain = mean / self.requirements.per_lr**2
+            base = torch.where(known[..., None, None] > 0, base, plain[..., None, None])
+        return replace(batch, lr=lr, lr_mean=mean, base=base)
 
     def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Compute the terms of the loss; ``"loss"`` is their weighted sum.
@@ -237,13 +241,16 @@ def random_normal(
 
 
 def interpolated(batch: Batch, scale: torch.Tensor, per_lr: int, mode: str = "bilinear") -> torch.Tensor:
-    """Interpolate the spots to counts per bin (b, g, H, W), without an image.
+    """Expected counts per bin (b, g, H, W) from the spots alone: the batch's base, else interpolated spots.
 
     Pixels without a spot take the mean of their neighbours, or the gene's ``scale`` (b, g) where none is near.
     """
+    if batch.base is not None and bool(batch.has_lr.all()):
+        return batch.base
     filled = fill_unmeasured(batch.lr, batch.lr_mask, scale)
     up = F.interpolate(filled, scale_factor=per_lr, mode=mode, align_corners=False)
-    return up.clamp_min(0) / per_lr**2
+    up = up.clamp_min(0) / per_lr**2
+    return up if batch.base is None else torch.where(batch.has_lr[:, None, None, None], batch.base, up)
 
 
 def fill_unmeasured(lr: torch.Tensor, mask: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

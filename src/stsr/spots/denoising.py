@@ -12,6 +12,7 @@ from scipy.special import gammaln
 from stsr.errors import StsrError
 from stsr.spots.factors import scaled, spot_factors
 from stsr.spots.regression import Design, fit
+from stsr.spots.splitting import split
 
 COMPONENTS = (0, 2, 5, 10, 20, 30, 50)
 """Candidate numbers of components, chosen by count splitting; 0 leaves only the totals of spots and genes."""
@@ -26,7 +27,6 @@ _SPLIT_GENES = (
 )  # fewest and most genes, the most counted, on which the number of components is chosen
 _SPLIT_VALUES = 2_500_000  # genes x spots there; more spots need fewer genes
 _BLOCK = 2**22  # values of genes x spots held at once, for bounded memory
-_RNG_OF_ORDER = 20231  # weights of spots that put genes into an order of their own
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def negative_binomial_size(counts: sp.csr_matrix, rates: np.ndarray) -> np.ndarr
 
 def _best_components(counts: sp.csr_matrix, rng: np.random.Generator) -> int:
     """Number of components whose fit to one half of the counts predicts the other half best (Poisson deviance)."""
-    fitted_half, other_half = halves(counts, rng)
+    fitted_half, other_half = split(counts, rng)
     total = np.asarray(counts.sum(0)).ravel()
     most = int(np.clip(_SPLIT_VALUES // counts.shape[0], *_SPLIT_GENES))
     genes = np.sort(np.argsort(-total, kind="stable")[:most])
@@ -208,27 +208,6 @@ def _deviance(made: Denoised, counts: sp.csr_matrix) -> float:
         own = counts.tocsc()[:, which][seen].tocoo()
         total += rates.sum() - (own.data * np.log(rates[own.row, own.col])).sum()
     return total
-
-
-def halves(counts: sp.csr_matrix, rng: np.random.Generator) -> tuple[sp.csr_matrix, sp.csr_matrix]:
-    """Split counts (n, genes) at random into two halves with independent noise (binomial thinning).
-
-    Fractions are rounded up with the probability of their size. The split of a gene does not depend on the order of
-    genes.
-    """
-    columns = counts.tocsc()
-    weights = np.random.default_rng(_RNG_OF_ORDER).random(counts.shape[0])
-    order = np.lexsort((columns.T @ weights, np.asarray(columns.sum(0)).ravel()))
-    columns = columns[:, order]
-    whole = np.floor(columns.data + rng.random(columns.nnz)).astype(np.int64)
-    back = np.argsort(order)
-    parts = []
-    for data in (half := rng.binomial(whole, 0.5), whole - half):
-        part = sp.csc_matrix((data.astype(float), columns.indices, columns.indptr), shape=columns.shape)
-        part = part[:, back].tocsr()
-        part.eliminate_zeros()
-        parts.append(part)
-    return parts[0], parts[1]
 
 
 def _blocks(genes: int, spots: int) -> Iterator[slice]:
