@@ -94,7 +94,7 @@ def _show(console: Console, result: Evaluation) -> None:
         console.table(
             ["way", "PCC", "gain (95 %)", "dev.", "slope"],
             rows,
-            title=f"{kind}: {result.spots:,} hidden spots, {result.genes:,} genes; gain over bilinear, denoised",
+            title=f"{kind}: {result.spots:,} hidden spots, {result.genes:,} genes; gain over kriged spots",
         )
 
 

@@ -29,7 +29,9 @@ Scale = Annotated[float, typer.Option(help="100 um / bin size: 10 for 10 um bins
 Model = Annotated[
     Path | None, _sampling("--model", "-m", help="Model from 'stsr train'. Default: the packaged model.")
 ]
-Method = Annotated[str | None, _sampling(help="Interpolation instead of a model: bicubic or bilinear.")]
+Method = Annotated[
+    str | None, _sampling(help="Interpolation instead of a model: bilinear, bicubic or kriged.")
+]
 Samples = Annotated[
     int | None,
     _sampling(min=1, help="Number of samples to average; two or more also give their standard deviation."),
@@ -53,6 +55,12 @@ Consistency = Annotated[
     typer.Option(
         help="What the map adds up to over spots: exact (measured counts), denoised (expected counts) or none. "
         "auto: exact for spots simulated as sums, else none.",
+    ),
+]
+Base = Annotated[
+    str,
+    typer.Option(
+        help="What models start from between spots: raster (interpolation) or kriged. auto: raster."
     ),
 ]
 _adapting = partial(typer.Option, rich_help_panel="Adaptation to the slide")
@@ -98,6 +106,7 @@ def superres(
     no_lr: NoLr = False,
     spots: SpotCounts = "auto",
     consistency: Consistency = "auto",
+    base: Base = "auto",
     adapt: Adapt = "off",
     adapt_minutes: AdaptMinutes = 10.0,
     save_model: SaveModel = None,
@@ -132,6 +141,7 @@ def superres(
         use_lr=not no_lr,
         spots=spots,
         consistency=consistency,
+        base=base,
         adapt=adapt,
         adapt_minutes=adapt_minutes,
         save_model=save_model,

@@ -16,6 +16,7 @@ DEFAULT_METHOD = "corrdiff"
 METHODS = {
     "bilinear": "stsr.methods.interpolation:Bilinear",
     "bicubic": "stsr.methods.interpolation:Bicubic",
+    "kriged": "stsr.methods.interpolation:Kriged",
     "unet": "stsr.methods.regression:UNetRegression",
     "corrdiff": "stsr.methods.corrdiff:CorrDiff",
     "c3diff": "stsr.methods.c3diff:C3Diff",

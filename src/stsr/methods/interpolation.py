@@ -35,3 +35,9 @@ class Bicubic(Interpolation):
     """Cubic interpolation (a = -0.75), clipped at zero."""
 
     mode = "bicubic"
+
+
+class Kriged(Bilinear):
+    """Kriging of the log densities of spots (`stsr.spots.kriging`), which the caller gives as the base."""
+
+    needs_kriging = True

@@ -122,6 +122,8 @@ class Method(nn.Module, ABC):
     """False for baselines without parameters, which need no training and no checkpoint."""
     samples: ClassVar[bool] = False
     """True if predictions depend on noise."""
+    needs_kriging: ClassVar[bool] = False
+    """True if batches must have kriged spots as their base."""
     encoder: ImageEncoder
     """Set by methods that learn."""
     reference: torch.Tensor

@@ -52,6 +52,11 @@ class Spots:
         """Bounds (x0, y0, x1, y1) of all spots in their full size, um."""
         return bounds_of(self.centres_um, self.size_um)
 
+    @property
+    def area_um2(self) -> float:
+        """Area of a spot, um2."""
+        return self.size_um**2 * (math.pi / 4 if self.shape == "disc" else 1.0)
+
     @cached_property
     def pitch_um(self) -> float:
         """Median distance to the nearest other spot, um; for a single spot its size."""

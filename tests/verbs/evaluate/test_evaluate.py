@@ -16,7 +16,7 @@ from stsr.signals import interruptible
 from stsr.store.section import open_section
 from stsr.verbs.evaluate.hiding import Hiding
 from stsr.verbs.evaluate.verdict import sentence
-from stsr.verbs.evaluate.ways import BILINEAR, MODEL, WHITE, ways_of
+from stsr.verbs.evaluate.ways import BILINEAR, KRIGED, MODEL, WHITE, ways_of
 from stsr.verbs.superres.loading import load
 
 GENES = ["GATA3", "LUM", "LYZ", "EPCAM"]
@@ -37,9 +37,9 @@ def model(tissue, tmp_path_factory):
 
 def _hiding(section, model, interruption):
     device = torch.device("cpu")
-    bilinear = load(None, "bilinear", section, use_lr=True, device=device)
+    simple = [load(None, name, section, use_lr=True, device=device) for name in ("bilinear", "kriged")]
     loaded = load(model, None, section, use_lr=True, device=device)
-    return Hiding(section, GENES, ways_of(bilinear, loaded, ""), 0, interruption)
+    return Hiding(section, GENES, ways_of(*simple, loaded, ""), 0, interruption)
 
 
 def test_hidden_counts_take_no_part(visium_section, model, monkeypatch):
@@ -76,7 +76,9 @@ def test_predictions_are_those_of_superres_without_the_spots(visium_section, fre
     hidden = np.arange(0, len(section.spots.centres_um), 7)
     bilinear = load(None, "bilinear", section, use_lr=True, device=torch.device("cpu"))
     with interruptible() as interruption:
-        found = Hiding(section, GENES, ways_of(bilinear, None, "")[:1], 0, interruption).predict(hidden)[0]
+        found = Hiding(section, GENES, ways_of(bilinear, bilinear, None, "")[:1], 0, interruption).predict(
+            hidden
+        )[0]
     store = fresh_copy(visium_section)
     stripped = open_section(store)
     stripped.__dict__["spots"] = section.spots.take(
@@ -85,7 +87,15 @@ def test_predictions_are_those_of_superres_without_the_spots(visium_section, fre
     from stsr.verbs.superres.job import make_job
     from stsr.verbs.superres.predict import predicted_maps
 
-    options = {"scale": 10, "genes": GENES, "use_lr": True, "seed": 0, "spots": "raw", "consistency": "none"}
+    options = {
+        "scale": 10,
+        "genes": GENES,
+        "use_lr": True,
+        "seed": 0,
+        "spots": "raw",
+        "consistency": "none",
+        "base": "auto",
+    }
     job = make_job(stripped, bilinear, **options | dict.fromkeys(("samples", "region", "name")))
     maps = np.where(section.support(job.grid), predicted_maps(job, slice(0, 4), lambda: None), 0)
     over = section.spots.take(hidden).measurement(job.grid)
@@ -98,11 +108,11 @@ def test_evaluate(visium_section, model, tmp_path):
     result = stsr.evaluate(visium_section, model=model, genes=GENES, folds=2)
     assert (result.genes, result.folds) == (4, 2)
     assert set(result.ways["hidden"]) == {"scattered", "blocks"}
-    row = result.ways.set_index(["hidden", "way"]).loc[("scattered", BILINEAR)]
+    row = result.ways.set_index(["hidden", "way"]).loc[("scattered", KRIGED)]
     assert row["pcc_low"] < row["pcc"] < row["pcc_high"] and row["pcc_gain"] == 0
     assert len(result.per_gene) == len(result.ways) * 4
     assert result.verdict and result.best in set(result.ways["way"])
-    assert result.options.startswith(("--method bilinear", "--model"))
+    assert result.options.startswith(("--method", "--model"))
     assert sorted(path.name for path in visium_section.rglob("*")) == before  # nothing is written
     again = stsr.evaluate(visium_section, model=model, genes=GENES, folds=2)
     pd.testing.assert_frame_equal(again.ways, result.ways)
@@ -115,7 +125,7 @@ def test_a_section_without_image_compares_interpolations(visium_section, fresh_c
     store = fresh_copy(visium_section)
     section = open_section(store)
     result = stsr.evaluate(store, image=False, genes=GENES, folds=2)
-    assert set(result.ways["way"]) == {"bilinear, raw spots", BILINEAR}
+    assert set(result.ways["way"]) == {"bilinear, raw spots", BILINEAR, KRIGED}
     assert "H&E" not in result.verdict and section.image is not None
 
 
@@ -152,7 +162,7 @@ def _table(scattered, low):
     rows = []
     for kind in ("scattered", "blocks"):
         for way, pcc in scattered.items():
-            gain = pcc - scattered[BILINEAR]
+            gain = pcc - scattered[KRIGED]
             rows.append(
                 {
                     "way": way,
@@ -168,12 +178,12 @@ def _table(scattered, low):
 
 
 def test_the_verdict_names_the_best_way_if_it_is_ahead():
-    scores = {BILINEAR: 0.4, MODEL: 0.45, WHITE: 0.39}
+    scores = {BILINEAR: 0.39, KRIGED: 0.4, MODEL: 0.45, WHITE: 0.39}
     best, text = sentence(_table(scores, 0.02), "slide")
     assert best == MODEL and f"stsr superres --as {MODEL}" in text and "+0.050" in text
     assert "H&E changes the model's PCC by +0.060" in text
     best, text = sentence(_table(scores, 0.08), "slide")
-    assert best == BILINEAR and "beyond chance" in text and f"--as {BILINEAR}" in text
+    assert best == KRIGED and "beyond chance" in text and f"--as {KRIGED}" in text
     best, _ = sentence(_table({**scores, WHITE: 0.9}, 0.02), "slide")
     assert best == MODEL  # a white image is a test, not an option
 

@@ -65,6 +65,7 @@ def test_panel_genes_that_the_spots_lack_are_marked(section, absent):
         use_lr=True,
         spots="raw",
         consistency="exact",
+        base="auto",
         region=None,
         name=None,
         seed=0,

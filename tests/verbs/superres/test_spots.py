@@ -73,7 +73,7 @@ def test_unknown_values_are_refused(visium, wrong):
 
 def _job(section, **options):
     loaded = load(None, "bilinear", section, use_lr=True, device=torch.device("cpu"))
-    usual = {"scale": 10, "genes": GENES, "use_lr": True, "seed": 0, "consistency": "none"}
+    usual = {"scale": 10, "genes": GENES, "use_lr": True, "seed": 0, "consistency": "none", "base": "auto"}
     others = dict.fromkeys(("samples", "region", "name"))
     return with_denoised(make_job(section, loaded, **others | usual | options), silent)
 
@@ -157,3 +157,26 @@ def test_spots_that_are_left_out_change_nothing(visium, monkeypatch):
     changed[::2] *= 2
     monkeypatch.setitem(section.__dict__, "spots", replace(section.spots, counts=sp.csr_matrix(changed)))
     assert np.abs(maps() - before).max() > 0.1 * before.max()
+
+
+def test_kriged_maps(visium):
+    """A method of its own, and a base for others; recorded with its covariance."""
+    made, section, kriged = _maps(visium, method="kriged", name="kriged")
+    provenance = section.provenance[made.element]
+    assert provenance["base"] == "kriged" and provenance["kriging"]["length_um"] > 0
+    based = _maps(visium, base="kriged", name="based")[2]
+    plain = _maps(visium, name="plain")[2]
+    np.testing.assert_array_equal(based.read(GENES), kriged.read(GENES))
+    assert np.abs(kriged.read(GENES) - plain.read(GENES)).max() > 0.05 * plain.read(GENES).max()
+    with pytest.raises(UsageError, match="leave out --base"):
+        superres(visium, **PLAIN | {"method": "kriged"}, base="raster")
+
+
+def test_kriged_densities_of_a_window_are_those_of_the_whole(visium):
+    section = open_section(visium)
+    job = _job(section, spots="denoised", base="kriged")
+    kriged = job.counts.kriged(GENES, job.spots)
+    whole = kriged.maps(job.grid)
+    window = job.grid.window(10, 20, 30, 20)
+    np.testing.assert_allclose(kriged.maps(window), whole[:, 10:40, 20:40], rtol=1e-5)
+    assert job.counts.kriged(GENES[:1], job.spots).maps(window).shape == (1, 30, 20)

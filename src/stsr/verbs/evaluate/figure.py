@@ -1,4 +1,4 @@
-"""Figure of an evaluation: scores of the ways, and the best way against interpolation gene by gene."""
+"""Figure of an evaluation: scores of the ways, and the best way against kriging gene by gene."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stsr.figures import check_path, new_figure, save, style
-from stsr.verbs.evaluate.ways import BILINEAR, MODEL
+from stsr.verbs.evaluate.ways import KRIGED, MODEL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ def evaluation_figure(result: Evaluation, path: str | Path) -> Path:
     """Draw an evaluation.
 
     Left: mean PCC of hidden spots with 95 % intervals, per way, for scattered spots and for blocks. Right: PCC of each
-    gene over scattered spots, of the best way (or of the model, if interpolation is best) against interpolation of
+    gene over scattered spots, of the best way (or of the model, if kriging is best) against kriging of
     denoised spots.
 
     Parameters
@@ -64,13 +64,13 @@ def _draw_ways(axes: Axes, result: Evaluation) -> None:
 def _draw_genes(axes: Axes, result: Evaluation) -> None:
     scattered = result.per_gene[result.per_gene["hidden"] == "scattered"]
     models = [way for way in result.ways["way"].unique() if way.startswith("model")]
-    shown = result.best if result.best != BILINEAR or not models else MODEL
-    own, plain = (scattered[scattered["way"] == way].set_index("gene")["pcc"] for way in (shown, BILINEAR))
+    shown = result.best if result.best != KRIGED or not models else MODEL
+    own, plain = (scattered[scattered["way"] == way].set_index("gene")["pcc"] for way in (shown, KRIGED))
     axes.axline((0, 0), slope=1, color="0.7", lw=0.8)
     axes.scatter(plain, own, s=8, alpha=0.7, lw=0)
     gain = (own - plain).dropna().sort_values()
     for gene in [*gain.index[: _NAMED // 2], *gain.index[-_NAMED // 2 :]]:
         axes.annotate(gene, (plain[gene], own[gene]), fontsize=6, xytext=(2, 2), textcoords="offset points")
-    axes.set_xlabel(f"PCC of a gene, {BILINEAR}")
+    axes.set_xlabel(f"PCC of a gene, {KRIGED}")
     axes.set_ylabel(shown)
     axes.set_aspect("equal", adjustable="datalim")

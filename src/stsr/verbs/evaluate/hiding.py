@@ -8,13 +8,12 @@ import numpy as np
 
 from stsr.progress import silent
 from stsr.signals import Interruption
-from stsr.spots.denoising import Denoised
 from stsr.store.section import Section
 from stsr.verbs.evaluate.ways import Way
 from stsr.verbs.superres.features import with_features
 from stsr.verbs.superres.job import SuperresJob, make_job
 from stsr.verbs.superres.predict import predicted_maps
-from stsr.verbs.superres.spots import DENOISED, NONE
+from stsr.verbs.superres.spots import AUTO, DENOISED, KRIGED, NONE, SpotCounts
 
 MEMORY_BYTES = 2**29
 """For the maps of one block of genes; twice as much where maps are corrected."""
@@ -49,14 +48,11 @@ class Hiding:
         spots = self.section.spots
         assert spots is not None  # checked by the caller
         kept = np.setdiff1d(np.arange(len(spots.centres_um)), hidden)
-        denoised: Denoised | None = None
+        fitted = self._fitted(kept)
         found: dict[int, np.ndarray] = {}
         for inputs in dict.fromkeys(way.inputs for way in self.ways):
             alike = [number for number, way in enumerate(self.ways) if way.inputs == inputs]
-            jobs = [self._job(self.ways[number], kept) for number in alike]
-            if any(job.counts is not None and job.counts.needs_denoising for job in jobs):
-                denoised = denoised or self._denoised(kept)
-                jobs = [_with(job, denoised) for job in jobs]
+            jobs = [_with(self._job(self.ways[number], kept), fitted) for number in alike]
             found |= dict(zip(alike, self._sums(jobs, hidden), strict=True))
         return [found[number] for number in range(len(self.ways))]
 
@@ -70,6 +66,7 @@ class Hiding:
             use_lr=True,
             spots=way.spots,
             consistency=way.consistency,
+            base=AUTO,
             region=None,
             name="evaluated",
             seed=self.seed,
@@ -78,15 +75,13 @@ class Hiding:
         job = replace(job, sees_image=way.sees_image)
         return with_features(job, None, overwrite=False, progress=silent, report=silent)
 
-    def _denoised(self, kept: np.ndarray) -> Denoised:
-        """Visible spots denoised for the genes of all ways, once per fold."""
-        way = next(way for way in self.ways if DENOISED in (way.spots, way.consistency))
-        read = {gene for each in self.ways for gene in self._job(each, kept[:1]).read_panel}
-        counts = self._job(way, kept).counts
+    def _fitted(self, kept: np.ndarray) -> SpotCounts:
+        """Visible spots denoised and ready for kriging, once for all ways."""
+        jobs = [self._job(way, kept) for way in self.ways]
+        counts = jobs[0].counts
         assert counts is not None
-        fitted = counts.fitted([*read, *self.genes]).denoised
-        assert fitted is not None
-        return fitted
+        genes = {gene for job in jobs for gene in job.read_panel}
+        return replace(counts, read=DENOISED, base=KRIGED).fitted([*self.genes, *sorted(genes)])
 
     def _sums(self, jobs: list[SuperresJob], hidden: np.ndarray) -> list[np.ndarray]:
         """Counts of hidden spots (hidden, g), from the maps of jobs that differ in consistency only."""
@@ -106,9 +101,10 @@ class Hiding:
         return sums
 
 
-def _with(job: SuperresJob, denoised: Denoised) -> SuperresJob:
+def _with(job: SuperresJob, fitted: SpotCounts) -> SuperresJob:
     assert job.counts is not None
-    return replace(job, counts=replace(job.counts, denoised=denoised))
+    counts = replace(job.counts, denoised=fitted.denoised, kriging=fitted.kriging)
+    return replace(job, counts=counts)
 
 
 def _finished(job: SuperresJob, maps: np.ndarray, genes: slice) -> np.ndarray:

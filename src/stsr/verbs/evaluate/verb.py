@@ -21,7 +21,7 @@ from stsr.verbs.evaluate.folds import blocks, in_blocks, scattered
 from stsr.verbs.evaluate.hiding import Hiding
 from stsr.verbs.evaluate.scores import Bootstrap, Sums, slope
 from stsr.verbs.evaluate.verdict import sentence
-from stsr.verbs.evaluate.ways import BILINEAR, Way, ways_of
+from stsr.verbs.evaluate.ways import KRIGED, Way, ways_of
 from stsr.verbs.superres.loading import Loaded, load
 
 GENES = 200
@@ -45,11 +45,11 @@ class Evaluation:
     """Number of folds."""
     ways: pd.DataFrame
     """A row per way and kind of hiding (``hidden``: ``scattered`` or ``blocks``): mean over genes of ``pcc`` and
-    ``deviance_explained`` with 95 % intervals (``_low``, ``_high``), their ``gain`` over interpolated denoised spots,
+    ``deviance_explained`` with 95 % intervals (``_low``, ``_high``), their ``gain`` over kriged spots,
     and the median calibration ``slope``."""
     per_gene: pd.DataFrame
     """A row per way, kind of hiding and gene: ``pcc``, ``deviance_explained``, ``slope``, and whether it is ``ahead``
-    of interpolated denoised spots beyond chance."""
+    of kriged spots beyond chance."""
     best: str
     """The way to use."""
     options: str
@@ -169,18 +169,20 @@ def _ways(
 ) -> tuple[list[Way], tuple[str, ...]]:
     """The ways to compare, and the panel of the model; without an H&E there is no model."""
     where = resolve_device(device)
-    bilinear = load(None, "bilinear", section, use_lr=True, device=where)
+    bilinear, kriged = (
+        load(None, name, section, use_lr=True, device=where) for name in ("bilinear", "kriged")
+    )
     if not image:
-        return ways_of(bilinear, None, ""), ()
+        return ways_of(bilinear, kriged, None, ""), ()
     if section.image is None:
         if model is not None:
             raise StsrError(
                 f"no H&E image in {section.path.name}; run: stsr prepare FOLDER --he IMAGE, or leave out --model"
             )
-        return ways_of(bilinear, None, ""), ()
+        return ways_of(bilinear, kriged, None, ""), ()
     loaded = _quick(load(model, None, section, use_lr=True, device=where))
     options = "" if model is None else f"--model {model}"
-    return ways_of(bilinear, loaded, options), loaded.method.requirements.panel
+    return ways_of(bilinear, kriged, loaded, options), loaded.method.requirements.panel
 
 
 def _quick(loaded: Loaded) -> Loaded:
@@ -219,7 +221,7 @@ def _scored(
     seen = np.isfinite(predicted[0]).all(1)
     block = np.unique(blocks(spots.centres_um[seen], spots.pitch_um), return_inverse=True)[1]
     sums = [Sums.of(values[seen], counts[seen], block) for values in predicted]
-    plain = sums[[way.label for way in ways].index(BILINEAR)]
+    plain = sums[[way.label for way in ways].index(KRIGED)]
     draws = Bootstrap(int(block.max(initial=-1)) + 1, seed)
     summary, rows = [], []
     for way, own, values in zip(ways, sums, predicted, strict=True):

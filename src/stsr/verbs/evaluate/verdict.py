@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pandas as pd
 
-from stsr.verbs.evaluate.ways import BILINEAR, MODEL, WHITE
+from stsr.verbs.evaluate.ways import KRIGED, MODEL, WHITE
 
 SCORE = "pcc"
 
 
 def sentence(ways: pd.DataFrame, section: str) -> tuple[str, str]:
-    """Choose the way with the best mean over scattered and blocks, unless interpolation is as good.
+    """Choose the way with the best mean over scattered and blocks, unless kriging is as good.
 
     Parameters
     ----------
@@ -29,14 +29,14 @@ def sentence(ways: pd.DataFrame, section: str) -> tuple[str, str]:
     ranked = scattered[SCORE].sort_values(ascending=False)
     best = str(ranked.index[0])
     ahead = scattered.loc[best, f"{SCORE}_gain_low"] > 0
-    if best != BILINEAR and not ahead:
+    if best != KRIGED and not ahead:
         found = (
-            f"on {section}, no way predicts hidden spots better than interpolation of denoised spots beyond chance "
-            f"({best}: {_signed(scattered.loc[best])}); use: stsr superres {scattered.loc[BILINEAR, 'options']}"
+            f"on {section}, no way predicts hidden spots better than kriging of denoised spots beyond chance "
+            f"({best}: {_signed(scattered.loc[best])}); use: stsr superres {scattered.loc[KRIGED, 'options']}"
         )
-        return BILINEAR, found + _image(ways)
+        return KRIGED, found + _image(ways)
     row = scattered.loc[best]
-    gain = "" if best == BILINEAR else f", {_signed(row)} against interpolation of denoised spots"
+    gain = "" if best == KRIGED else f", {_signed(row)} against kriging of denoised spots"
     options = f"stsr superres {row['options']}".strip()
     return best, f"on {section}, use: {options} (PCC of hidden spots {row[SCORE]:.3f}{gain})" + _image(ways)
 

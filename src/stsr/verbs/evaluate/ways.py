@@ -41,26 +41,30 @@ class Way:
 
 RAW_BILINEAR = "bilinear, raw spots"
 BILINEAR = "bilinear, denoised spots"
+KRIGED = "kriged, denoised spots"
 MODEL = "model, denoised spots"
 WHITE = f"{MODEL}, no H&E"
 
 
-def ways_of(bilinear: Loaded, model: Loaded | None, model_options: str) -> list[Way]:
-    """Interpolation, and the model if there is one, with raw and denoised spots, with and without consistency.
+def ways_of(bilinear: Loaded, kriged: Loaded, model: Loaded | None, model_options: str) -> list[Way]:
+    """List interpolation and kriging, and the model, if there is one, with raw and denoised spots and consistency.
 
     Parameters
     ----------
-    bilinear
-        Interpolation.
+    bilinear, kriged
+        The methods that need no image.
     model
         The model to compare with it.
     model_options
         How ``stsr superres`` is given this model.
     """
-    plain = "--method bilinear"
     found = [
-        Way(RAW_BILINEAR, bilinear, RAW, NONE, options=f"{plain} --spots raw --consistency none"),
-        Way(BILINEAR, bilinear, DENOISED, NONE, options=f"{plain} --spots denoised --consistency none"),
+        Way(label, method, spots, NONE, options=f"--method {name} --spots {spots} --consistency none")
+        for label, name, method, spots in (
+            (RAW_BILINEAR, "bilinear", bilinear, RAW),
+            (BILINEAR, "bilinear", bilinear, DENOISED),
+            (KRIGED, "kriged", kriged, DENOISED),
+        )
     ]
     if model is None:
         return found

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05
 """False discovery rate below which a pair counts as correlated in the summary."""
-_BASELINES = ("bilinear", "bicubic")
+_BASELINES = ("bilinear", "bicubic", "kriged")
 
 
 @dataclass(frozen=True)

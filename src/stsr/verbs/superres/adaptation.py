@@ -420,8 +420,10 @@ def _field(job: SuperresJob, genes: list[str], seen: np.ndarray | None = None) -
     panel = genes == list(job.loaded.method.panel)
     mixed = np.eye(len(genes), dtype=np.float32) if panel else job.mixtures
     image = job.section.image or White()
-    known = job.counts.measures(genes)
-    return Field(job.grid, image, lr, mask, mixed, genes, needs.image_um, needs.lr_um, known, job.features)
+    known, base = job.counts.measures(genes), job.counts.kriged(genes, job.spots[rows])
+    return Field(
+        job.grid, image, lr, mask, mixed, genes, needs.image_um, needs.lr_um, known, job.features, base
+    )
 
 
 def _expected(method: Any, batch: Batch, factors: torch.Tensor) -> torch.Tensor:

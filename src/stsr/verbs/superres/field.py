@@ -9,6 +9,7 @@ import torch
 
 from stsr.geometry.grid import LR_UM, Grid, bins_per_lr
 from stsr.methods.batch import Batch, cut, lr_mean
+from stsr.spots.kriging import Kriged
 from stsr.store.parts import FeatureMap
 
 
@@ -50,6 +51,8 @@ class Field:
         (g,) bool: whether the spots measured each gene; all of them if None.
     features
         Patch features, for methods that read them.
+    kriged
+        Densities between spots, if they are the base of the maps.
     """
 
     def __init__(
@@ -64,11 +67,13 @@ class Field:
         lr_um: float = LR_UM,
         known: np.ndarray | None = None,
         features: FeatureMap | None = None,
+        kriged: Kriged | None = None,
     ):
         self.grid = grid
         self.image = image
         self.image_um = image_um
         self.features = features
+        self.kriged = kriged
         self.per_lr = bins_per_lr(grid.bin_um, lr_um)
         self.genes = torch.as_tensor(genes, dtype=torch.float32)
         self.names = tuple(names)
@@ -108,4 +113,5 @@ class Field:
             names=self.names,
             measured=self.known,
             features=features,
+            base=None if self.kriged is None else torch.from_numpy(self.kriged.maps(window))[None],
         )

@@ -126,6 +126,7 @@ def make_job(
     use_lr: bool,
     spots: str,
     consistency: str,
+    base: str,
     region: tuple[float, float, float, float] | None,
     name: str | None,
     seed: int,
@@ -155,7 +156,14 @@ def make_job(
     counts: SpotCounts | None = None
     notes: list[str] = []
     if table is not None:
-        counts, notes = spot_counts(table, spots, consistency, are_sums=section.spots_are_sums)
+        counts, notes = spot_counts(
+            table,
+            spots,
+            consistency,
+            base,
+            are_sums=section.spots_are_sums,
+            kriges=method.needs_kriging,
+        )
     chosen = wanted_genes(genes, table.genes if table else [], method.panel)
     mixed = _mixtures(chosen, method, table)
     outside = int((mixed.sum(1) != 1).sum()) if method.learns else 0
@@ -246,7 +254,11 @@ def _provenance(job: SuperresJob, *, scale: float, outside: int) -> dict[str, An
         "bin_um": job.grid.bin_um * job.factor,
         "units": "expected counts per bin",
         "spots_used": job.measurement is not None,
-        **({} if job.counts is None else {"spots": job.counts.read, "consistency": job.counts.consistency}),
+        **(
+            {}
+            if job.counts is None
+            else {"spots": job.counts.read, "consistency": job.counts.consistency, "base": job.counts.base}
+        ),
         "spots_beyond_support": 0 if job.correction is None else job.correction.beyond,
         "samples": job.samples,
         "seed": job.seed,

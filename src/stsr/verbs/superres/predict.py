@@ -32,22 +32,23 @@ class Predictor:
     def __init__(self, job: SuperresJob):
         self.job = job
         panel = list(job.read_panel)
-        self._panel = self._field(panel, np.eye(len(panel), dtype=np.float32))
+        self._panel = self._field(panel, np.eye(len(panel), dtype=np.float32), kriged=False)
         self._draws = job.spread is not None or not job.loaded.method.knows_mean
 
     def field(self, genes: slice) -> Field:
         """The spots of some of the job's genes as a raster over the section."""
         return self._field(self.job.genes[genes], self.job.mixtures[genes])
 
-    def _field(self, genes: list[str], mixed: np.ndarray) -> Field:
+    def _field(self, genes: list[str], mixed: np.ndarray, kriged: bool = True) -> Field:
         job, needs = self.job, self.job.requirements
-        lr = mask = known = None
+        lr = mask = known = base = None
         if job.measurement is not None and job.counts is not None:
             lr, mask = job.measurement.raster(job.counts.inputs(genes, job.spots), needs.lr_um)
             known = job.counts.measures(genes)
+            base = job.counts.kriged(genes, job.spots) if kriged else None
         image = job.section.image if job.sees_image and job.section.image is not None else White()
         return Field(
-            job.grid, image, lr, mask, mixed, genes, needs.image_um, needs.lr_um, known, job.features
+            job.grid, image, lr, mask, mixed, genes, needs.image_um, needs.lr_um, known, job.features, base
         )
 
     def tile(self, field: Field, tile: Tile) -> Iterator[tuple[slice, list[np.ndarray]]]:

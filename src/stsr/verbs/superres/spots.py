@@ -1,4 +1,4 @@
-"""Counts of spots as maps are made from them: as measured, or denoised."""
+"""Counts of spots as maps are made from them: as measured or denoised, on a raster or kriged."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 from stsr.errors import UsageError
 from stsr.spots.denoising import Denoised, denoise
+from stsr.spots.kriging import Kriged, Kriging, choose, krige
 from stsr.store.parts import Spots
 
 if TYPE_CHECKING:
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 AUTO = "auto"
 RAW, DENOISED = "raw", "denoised"
 NONE, EXACT = "none", "exact"
+RASTER, KRIGED = "raster", "kriged"
 SPOTS = (AUTO, RAW, DENOISED)
+BASES = (AUTO, RASTER, KRIGED)
 CONSISTENCIES = (AUTO, NONE, DENOISED, EXACT)
 
+_MOST_CHOICE_GENES = 300  # by which the covariance of kriging is chosen
 _FEWEST_GENES = 2  # with counts: denoising compares genes
 
 
@@ -38,14 +42,25 @@ class SpotCounts:
         ``"raw"`` or ``"denoised"``: what methods read.
     consistency
         ``"none"``, ``"denoised"`` or ``"exact"``: what maps are made to add up to.
+    base
+        ``"raster"`` or ``"kriged"``: what a method starts from, between spots.
     denoised
         Expected counts of the same spots; None until they are computed, or if they are not needed.
+    kriging
+        Places and covariance; likewise.
     """
 
     spots: Spots
     read: str
     consistency: str
+    base: str = RASTER
     denoised: Denoised | None = None
+    kriging: Kriging | None = None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """For the provenance."""
+        return {"spots": self.read, "consistency": self.consistency, "base": self.base}
 
     @property
     def needs_denoising(self) -> bool:
@@ -66,13 +81,33 @@ class SpotCounts:
         """Whether each gene was measured: (g,) bool."""
         return np.isin(np.array(genes, str), np.array(self.spots.genes, str))
 
+    def kriged(self, genes: Sequence[str], rows: np.ndarray) -> Kriged | None:
+        """Kriged densities of some genes, from the spots in these rows; None if the base is the raster."""
+        if self.base != KRIGED:
+            return None
+        assert self.kriging is not None  # computed before the first tile
+        kriging = replace(self.kriging, centres_um=self.spots.centres_um[rows])
+        return krige(kriging, _dense(self.inputs(genes, rows)), self.spots.area_um2)
+
     def fitted(self, genes: Sequence[str]) -> SpotCounts:
-        """With expected counts of some genes, if they are needed."""
-        if not self.needs_denoising:
-            return self
-        wanted = set(genes)
-        columns = [column for column, gene in enumerate(self.spots.genes) if gene in wanted]
-        return replace(self, denoised=denoise(self.spots.counts, genes=np.array(columns, int)))
+        """With expected counts of some genes and the covariance of kriging, where they are needed."""
+        made = self
+        if self.needs_denoising:
+            wanted = set(genes)
+            columns = [column for column, gene in enumerate(self.spots.genes) if gene in wanted]
+            made = replace(made, denoised=denoise(self.spots.counts, genes=np.array(columns, int)))
+        if self.base == KRIGED:
+            some, everywhere = self._to_choose_from(genes), np.arange(len(self.spots.centres_um))
+            raw, expected = self.spots.select(some), _dense(made.inputs(some, everywhere))
+            found = choose(raw, expected, self.spots.centres_um, self.spots.area_um2)
+            made = replace(made, kriging=found)
+        return made
+
+    def _to_choose_from(self, genes: Sequence[str]) -> list[str]:
+        """Measured genes among these, those with the most counts."""
+        measured = [gene for gene in dict.fromkeys(genes) if gene in set(self.spots.genes)]
+        totals = np.asarray(self.spots.select(measured).sum(0)).ravel()
+        return [measured[index] for index in np.sort(np.argsort(-totals, kind="stable")[:_MOST_CHOICE_GENES])]
 
     def _expected(self, genes: Sequence[str], rows: np.ndarray) -> np.ndarray:
         assert self.denoised is not None  # computed before the first tile
@@ -83,17 +118,21 @@ class SpotCounts:
         return values
 
 
-def spot_counts(spots: Spots, read: str, consistency: str, *, are_sums: bool) -> tuple[SpotCounts, list[str]]:
+def spot_counts(
+    spots: Spots, read: str, consistency: str, base: str = AUTO, *, are_sums: bool, kriges: bool = False
+) -> tuple[SpotCounts, list[str]]:
     """Resolve ``auto`` to what suits the spots.
 
     Parameters
     ----------
     spots
         The spots to make maps from.
-    read, consistency
-        As ``spots`` and ``consistency`` of `stsr.superres`.
+    read, consistency, base
+        As ``spots``, ``consistency`` and ``base`` of `stsr.superres`.
     are_sums
         Whether the spots are exact sums of the counts to predict, without noise of their own.
+    kriges
+        Whether the method needs kriged spots.
 
     Returns
     -------
@@ -105,7 +144,12 @@ def spot_counts(spots: Spots, read: str, consistency: str, *, are_sums: bool) ->
     UsageError
         For an unknown value.
     """
-    for value, known, option in ((read, SPOTS, "--spots"), (consistency, CONSISTENCIES, "--consistency")):
+    options = (
+        (read, SPOTS, "--spots"),
+        (consistency, CONSISTENCIES, "--consistency"),
+        (base, BASES, "--base"),
+    )
+    for value, known, option in options:
         if value not in known:
             raise UsageError(f"{option} must be one of {', '.join(known)}, not {value!r}")
     notes = []
@@ -117,11 +161,13 @@ def spot_counts(spots: Spots, read: str, consistency: str, *, are_sums: bool) ->
             notes.append("spots are not denoised: that compares genes, and only one has counts")
     if consistency == AUTO:
         consistency = EXACT if are_sums else NONE
-    return SpotCounts(spots, read, consistency), notes
+    if kriges and base == RASTER:
+        raise UsageError("kriging has no raster as its base; leave out --base, or use --method bilinear")
+    return SpotCounts(spots, read, consistency, KRIGED if kriges or base == KRIGED else RASTER), notes
 
 
 def with_denoised(job: SuperresJob, progress: Progress) -> SuperresJob:
-    """Denoise the spots of a job, if it uses denoised counts.
+    """Denoise the spots of a job and choose the covariance of kriging, where they are used.
 
     Raises
     ------
@@ -129,11 +175,18 @@ def with_denoised(job: SuperresJob, progress: Progress) -> SuperresJob:
         If counts are not raw, or too few genes have any.
     """
     counts = job.counts
-    if counts is None or not counts.needs_denoising:
+    if counts is None or not (counts.needs_denoising or counts.base == KRIGED):
         return job
     progress(0, 1, "denoising spots")
     fitted = counts.fitted([*job.read_panel, *job.genes])
     progress(1, 1, "denoising spots")
-    assert fitted.denoised is not None
-    found = {"components": fitted.denoised.components}
-    return replace(job, counts=fitted, provenance={**job.provenance, "denoising": found})
+    found: dict[str, dict[str, float]] = {}
+    if fitted.denoised is not None:
+        found["denoising"] = {"components": fitted.denoised.components}
+    if fitted.kriging is not None:
+        found["kriging"] = {"length_um": fitted.kriging.length_um, "nugget": fitted.kriging.nugget}
+    return replace(job, counts=fitted, provenance={**job.provenance, **found})
+
+
+def _dense(counts: np.ndarray | sp.csr_matrix) -> np.ndarray:
+    return counts.toarray() if isinstance(counts, sp.csr_matrix) else counts

@@ -70,6 +70,7 @@ def superres(
     use_lr: bool = True,
     spots: str = "auto",
     consistency: str = "auto",
+    base: str = "auto",
     region: tuple[float, float, float, float] | None = None,
     name: str | None = None,
     output: str | Path | None = None,
@@ -101,7 +102,7 @@ def superres(
     model
         A checkpoint; the packaged default model if neither it nor ``method`` is given.
     method
-        A method that needs no training (``bicubic``, ``bilinear``) instead of a model.
+        A method that needs no training (``bilinear``, ``bicubic``, ``kriged``) instead of a model.
     samples
         Samples of a diffusion model. With two or more, their spread is written too.
     steps, sampler, guidance
@@ -111,6 +112,9 @@ def superres(
     spots
         What methods read of the spots: ``raw`` counts, or ``denoised`` ones (`stsr.spots.denoising`). ``auto``:
         denoised, unless the spots were simulated as sums of all counts.
+    base
+        What methods start from between spots: ``raster``, linear interpolation; or ``kriged`` log densities
+        (`stsr.spots.kriging`). ``auto``: the raster, which models are trained with.
     consistency
         What maps are made to add up to: ``exact``, the measured counts of the spots; ``denoised``, their expected
         counts; ``none``. ``auto``: exact for spots that were simulated as sums, else none, because a map that agrees
@@ -172,6 +176,7 @@ def superres(
             use_lr=use_lr,
             spots=spots,
             consistency=consistency,
+            base=base,
             region=region,
             name=name,
             seed=seed,
