@@ -40,6 +40,7 @@ FACTORS = (2, 4, 8)
 SETTINGS = {"gap_lr": 2, "select": "last", "validation_tiles": 16, "storage": "float16"}
 STEPS = {"unet": 1200, "c3diff": 600, "diffst": 600}
 DENOISED = ", denoised spots"
+ADAPTED = {"adapt": "auto", "adapt_minutes": 60.0}
 OWN = {"unet": {"factors": 64}}
 
 IMAGES = {"coarse": "H&E of 10 um", "white": "no H&E"}
@@ -92,6 +93,9 @@ def main() -> None:
     parser.add_argument("--features", type=Path, help="patch features or their encoder, for all trainings")
     parser.add_argument("--images", nargs="+", default=[], choices=IMAGES, help="score also with another H&E")
     parser.add_argument("--denoised", action="store_true", help="score each model also from denoised spots")
+    parser.add_argument(
+        "--adapt", action="store_true", help="score each --model also adapted to the slide's spots"
+    )
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--print", action="store_true", help="only print the table of what is scored")
     asked = parser.parse_args()
@@ -102,10 +106,13 @@ def main() -> None:
     if not asked.print:
         bench.score("bilinear", 0, method="bilinear")
         bench.score(f"bilinear{DENOISED}", 0, method="bilinear", spots="denoised")
+        bench.score(f"kriged{DENOISED}", 0, method="kriged", spots="denoised")
         for label, file in (entry.split("=", 1) for entry in asked.model):
             bench.score(label, 0, model=file)
             if asked.denoised:
                 bench.score(f"{label}{DENOISED}", 0, model=file, spots="denoised")
+            if asked.adapt:
+                bench.score(f"{label}, adapted", 0, model=file, spots="denoised", **ADAPTED)
         for seed in asked.seeds:
             for label in filter(None, labels):
                 name = f"{label} {asked.features.stem}" if asked.features else label
@@ -214,6 +221,8 @@ class Bench:
             samples=1,
             consistency="none",
             overwrite=True,
+            progress=lambda done, total, text: print(text, done, total, file=sys.stderr),
+            report=lambda text: print(text, file=sys.stderr),
             **{"spots": "raw"} | options,
         )
         found = open_section(store).map(made.element).read(self.genes, window=self.area).astype(float)

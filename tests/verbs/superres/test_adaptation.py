@@ -13,10 +13,11 @@ from stsr.methods import method_class
 from stsr.progress import silent
 from stsr.signals import interruptible
 from stsr.store.section import open_section
-from stsr.verbs.superres import adaptation
-from stsr.verbs.superres.adaptation import Schedule, Slide, Training, adapt, wanted_adaptation
+from stsr.verbs.superres import adaptation, own_spots
+from stsr.verbs.superres.adaptation import adapt, wanted_adaptation
 from stsr.verbs.superres.job import make_job
 from stsr.verbs.superres.loading import load
+from stsr.verbs.superres.own_spots import Schedule, Slide, Training
 from stsr.verbs.superres.spots import with_denoised
 from stsr.verbs.superres.tiles import Tile
 from stsr.verbs.superres.verb import superres
@@ -28,6 +29,7 @@ SCHEDULE = Schedule(steps=6, tiles=1, learning_rate=5e-3, check_every=3)
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """The simulated slide has some forty spots."""
+    monkeypatch.setattr(own_spots, "LEAST_SPOTS", 20)
     monkeypatch.setattr(adaptation, "LEAST_SPOTS", 20)
     monkeypatch.setattr(adaptation, "LEAST_SPOTS_FRESH", 1000)
     monkeypatch.setattr(adaptation, "TUNE", SCHEDULE)
@@ -56,6 +58,7 @@ def _maker(section):
         "seed": 0,
         "spots": "denoised",
         "consistency": "none",
+        "base": "auto",
     }
     options |= dict.fromkeys(("samples", "region", "name"))
     return lambda loaded, kept: make_job(section, loaded, kept=kept, **options)
@@ -141,7 +144,7 @@ def test_spots_that_the_network_does_not_see_weigh_more(section, model, monkeypa
     state = training.rng.bit_generator.state
     usual = training._tile_loss().item()
     training.rng.bit_generator.state = state
-    monkeypatch.setattr(adaptation, "HIDDEN_WEIGHT", 1.0)
+    monkeypatch.setattr(own_spots, "HIDDEN_WEIGHT", 1.0)
     assert training._tile_loss().item() != usual
 
 
@@ -150,7 +153,7 @@ def test_the_loss_is_that_of_summed_maps(section, model):
     slide = Slide.of(_maker(section)(_loaded(section, model), None), seed=0)
     job = with_denoised(_maker(section)(_loaded(section, model), slide.kept), silent)
     tile = Tile(0, 0, 40, 40)
-    part, rows = adaptation._inside(job.measurement.matrix, job.grid.shape, tile)
+    part, rows = own_spots._inside(job.measurement.matrix, job.grid.shape, tile)
     flat = part[rows] @ np.full(tile.height * tile.width, 2.0)
     np.testing.assert_allclose(flat, 2 * job.measurement.bins_seen[rows], rtol=1e-6)
     x, y = (job.measurement.centres_um[rows] - [job.grid.x0_um, job.grid.y0_um]).T
@@ -206,6 +209,6 @@ def test_what_cannot_be_adapted_is_refused(visium_section, fresh_copy, model, mo
         superres(store, method="bilinear", genes=GENES, adapt=10)
     with pytest.raises(UsageError, match="add --adapt auto"):
         superres(store, model=model, genes=GENES, save_model="x.safetensors")
-    monkeypatch.setattr(adaptation, "LEAST_SPOTS", 10_000)
+    monkeypatch.setattr(own_spots, "LEAST_SPOTS", 10_000)
     with pytest.raises(UsageError, match="at least 10000 spots"):
         superres(store, model=model, genes=GENES, adapt=10)

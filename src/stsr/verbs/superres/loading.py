@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,14 @@ def configure_sampling(
         method.sampling = replace(sampling, **asked)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def of_views(loaded: Loaded, views: int) -> Loaded:
+    """The same weights, predicting from another number of orientations of a tile; methods without views as they are.
+
+    One orientation takes an eighth of the time of eight, for 0.002 of PCC.
+    """
+    method: Any = copy.copy(loaded.method)
+    if hasattr(method.config, "views"):
+        method.config = replace(method.config, views=views)
+    return replace(loaded, method=method)
