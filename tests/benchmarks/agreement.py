@@ -30,6 +30,7 @@ DENOISED = {"spots": "denoised", "consistency": "none"}
 RUNS: dict[str, dict] = {
     "bilinear": {"method": "bilinear", **RAW},
     "bilinear, denoised spots": {"method": "bilinear", **DENOISED},
+    "kriged, denoised spots": {"method": "kriged", **DENOISED},
     "bicubic + exact consistency": {"method": "bicubic", "spots": "raw", "consistency": "exact"},
     "model, raw spots": RAW,
     "model, raw spots, exact": {"spots": "raw", "consistency": "exact"},
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument(
         "--region", type=float, nargs=4, help="x0 y0 x1 y1 in the Xenium's um; all by default"
     )
+    parser.add_argument("--only", nargs="+", default=list(RUNS), choices=RUNS, metavar="RUN")
     parser.add_argument("--csv", type=Path)
     asked = parser.parse_args()
     xenium = open_section(asked.xenium)
@@ -65,7 +67,8 @@ def main() -> None:
         scores = {}
         print("| | " + " | ".join(f"PCC, blur {blur:g} um" for blur in BLURS_UM) + " | Spearman, last |")
         print("|---|" + "---|" * (len(BLURS_UM) + 1), flush=True)
-        for label, options in RUNS.items():
+        for label in asked.only:
+            options = RUNS[label]
             with_model = {} if "method" in options else {"model": asked.model}
             made = stsr.superres(store, genes=genes, samples=1, overwrite=True, **options, **with_model)
             found = open_section(store).map(made.element)
