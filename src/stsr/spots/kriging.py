@@ -28,18 +28,15 @@ _NEIGHBOURS = 24  # spots that a point is predicted from; they screen those fart
 _FADING = 0.7  # of the distance of the first spot that is left out: from there on, spots fade
 _FLOOR = 0.02  # of a gene's mean, added to its densities: spots without counts have a logarithm, too
 _SHARE = 0.05  # of a gene's mean in its map: a transcript may be anywhere
-_MOST_SPREAD = (
-    4.0  # largest sill, in variances of a gene's log densities; it is a ratio and may be ill-defined
-)
+_MOST_SPREAD = 4.0  # largest sill, in variances of a gene's log densities
 _JITTER = 1e-8  # smallest nugget; spots at the same place are singular without
 _POINTS = 2**10  # points whose weights are solved for at once, for bounded memory
 _VALUES = 2**22  # values of genes x points held at once, likewise
 _LEAST_SPOTS = 10  # that choose length and nugget
 _CHOICE_GENES, _CHOICE_SPOTS = 300, 1500  # most genes and spots of the choice
 _CHOICE_COUNTS = 100  # fewest counts of a gene there, if any gene has as many
-_TRIANGLE = np.exp(2j * np.pi / 3 * np.arange(3)) / np.sqrt(
-    2
-)  # mean over a unit disc, exact to the second degree
+_TRIANGLE = np.exp(2j * np.pi / 3 * np.arange(3)) / np.sqrt(2)
+"""Points x + iy whose mean is that over a unit disc, for polynomials of the second degree."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +148,7 @@ class Kriging:
             faded = np.maximum(distance / reach - _FADING, 0) / (1 - _FADING)
             noise += faded**2 / (1 - faded + _JITTER)
         among = np.hypot(x[:, :, None] - x[:, None], y[:, :, None] - y[:, None])
-        among = self._covariance(among)  # (p, k, k)
-        among[:, *np.diag_indices(spot.shape[1])] += noise
+        among = self._covariance(among) + noise[:, None] * np.eye(spot.shape[1])  # (p, k, k)
         to = self._covariance(distance)
         simple, one = np.moveaxis(np.linalg.solve(among, np.stack([to, np.ones_like(to)], -1)), -1, 0)
         lagrange = (1 - simple.sum(1)) / one.sum(1)
