@@ -250,8 +250,8 @@ def krige(
     """
     mean = expected.mean(0, dtype=np.float64)
     counted = np.where(mean > 0, mean, 1.0)  # a gene without counts has a scale of 0
-    floor = (_FLOOR * counted).astype(np.float32)
-    log_density = np.log(np.asarray(expected, np.float32) + floor)
+    log_density = np.add(expected, _FLOOR * counted, dtype=np.float32)
+    np.log(log_density, out=log_density)
     chosen = np.arange(len(log_density)) if spots is None else spots
     radius = np.sqrt(area_um2 / np.pi)
     triangle = radius * np.stack([_TRIANGLE.real, _TRIANGLE.imag], axis=-1)
