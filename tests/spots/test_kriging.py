@@ -1,12 +1,16 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from scipy.spatial import cKDTree
 
 from stsr.geometry.grid import Grid
 from stsr.geometry.lattice import hexagonal_lattice
 from stsr.geometry.measurement import Measurement
 from stsr.metrics import pearson
+from stsr.platforms.source import Options
+from stsr.platforms.visium import read
 from stsr.spots import kriging as module
+from stsr.spots.denoising import denoise
 from stsr.spots.kriging import SPOT_AREA_UM2, Kriging, choose, krige
 
 SIDE_UM = 1600.0
@@ -74,6 +78,16 @@ def test_local_neighbours_suffice(monkeypatch):
     whole = krige(Kriging(centres, 150.0, 0.02), expected)
     assert whole.kriging.weights(points).matrix.nnz == 100 * len(centres)
     np.testing.assert_allclose(local, whole.predict(whole.kriging.weights(points)), rtol=0.04)
+
+
+def test_maps_are_continuous_where_neighbours_change():
+    """Long lengths and large nuggets average over all neighbours, so that one of them more or less is seen."""
+    x = np.arange(600.0, 900, 0.5)
+    points = np.stack([x, np.full_like(x, 733.0)], -1)
+    kriging = Kriging(CENTRES, 600.0, 0.5)
+    steps = np.abs(np.diff(kriging.weights(points).matrix.toarray(), axis=0)).max(1)
+    assert len(np.unique(kriging._tree.query(points, k=24)[1])) > 35  # they do change
+    assert steps.max() < 0.002
 
 
 def test_without_a_nugget_maps_pass_through_the_spots():
@@ -166,7 +180,7 @@ def test_the_choice_can_be_made_on_some_spots(monkeypatch):
     counts = np.random.default_rng(0).poisson(rates).astype(float)
     monkeypatch.setattr(module, "_CHOICE_SPOTS", 60)
     monkeypatch.setattr(module, "_CHOICE_GENES", 15)
-    assert choose(counts, rates, CENTRES).length_um > 300
+    assert choose(counts, rates, CENTRES).length_um > 200
 
 
 def test_too_little_to_choose_from_gives_the_defaults():
@@ -213,3 +227,21 @@ def test_left_out_spots_are_predicted():
     made = krige(Kriging(CENTRES, 300.0, 0.02), expected).left_out()
     assert pearson(made.T, expected.T).min() > 0.9
     assert pearson(np.roll(made, 1, 0).T, expected.T).mean() < 0.8
+
+
+@pytest.mark.real
+def test_hidden_spots_of_a_real_slide_are_predicted(real_data):
+    spots = read(real_data / "breast/visium", Options()).spots
+    counts = sp.csr_matrix(spots.counts.X)
+    common = np.sort(np.argsort(-np.asarray(counts.sum(0)).ravel())[500:800])
+    hidden = np.arange(len(spots.centres_um)) % 5 == 2
+    visible = spots.centres_um[~hidden]
+    denoised = denoise(counts[~hidden], genes=common, components=20).expected()
+    raw, truth = (counts[rows][:, common].toarray() for rows in (~hidden, hidden))
+    kriging = choose(raw, denoised, visible)
+    assert 70 < kriging.length_um < 650
+    found = krige(kriging, denoised).predict(kriging.weights(spots.centres_um[hidden]))
+    nearest = denoised[cKDTree(visible).query(spots.centres_um[hidden])[1]]
+    scores = [pearson(values.T, truth.T).mean() for values in (found, nearest)]
+    assert scores[0] > 0.55 and scores[0] > scores[1] + 0.05
+    assert found.sum() == pytest.approx(truth.sum(), rel=0.05)

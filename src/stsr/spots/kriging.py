@@ -25,20 +25,18 @@ SPOT_AREA_UM2 = np.pi / 4 * VISIUM_SPOT_UM**2
 """Area of a Visium spot, um2."""
 
 _NEIGHBOURS = 24  # spots that a point is predicted from; they screen those farther away
+_FADING = 0.7  # of the distance of the first spot that is left out: from there on, spots fade
 _FLOOR = 0.02  # of a gene's mean, added to its densities: spots without counts have a logarithm, too
 _SHARE = 0.05  # of a gene's mean in its map: a transcript may be anywhere
-_MOST_SPREAD = (
-    4.0  # largest sill, in variances of a gene's log densities; it is a ratio and may be ill-defined
-)
+_MOST_SPREAD = 4.0  # largest sill, in variances of a gene's log densities
 _JITTER = 1e-8  # smallest nugget; spots at the same place are singular without
 _POINTS = 2**10  # points whose weights are solved for at once, for bounded memory
 _VALUES = 2**22  # values of genes x points held at once, likewise
 _LEAST_SPOTS = 10  # that choose length and nugget
-_CHOICE_GENES, _CHOICE_SPOTS = 300, 2500  # most genes and spots of the choice
+_CHOICE_GENES, _CHOICE_SPOTS = 300, 1500  # most genes and spots of the choice
 _CHOICE_COUNTS = 100  # fewest counts of a gene there, if any gene has as many
-_TRIANGLE = np.exp(2j * np.pi / 3 * np.arange(3)) / np.sqrt(
-    2
-)  # mean over a unit disc, exact to the second degree
+_TRIANGLE = np.exp(2j * np.pi / 3 * np.arange(3)) / np.sqrt(2)
+"""Points x + iy whose mean is that over a unit disc, for polynomials of the second degree."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Kriging:
 
     def weights(self, points_um: np.ndarray) -> Weights:
         """Weights of the spots for points (p, 2), um."""
-        count = min(_NEIGHBOURS, len(self.centres_um))
+        count = min(_NEIGHBOURS + 1, len(self.centres_um))
         return self._stacked(
             points_um, lambda part: self._tree.query(points_um[part], k=range(1, count + 1))[1]
         )
@@ -111,7 +109,7 @@ class Kriging:
         Only the spot itself is left out: one at the same place still counts.
         """
         chosen = np.arange(len(self.centres_um)) if spots is None else np.asarray(spots)
-        count = min(_NEIGHBOURS + 1, len(self.centres_um))
+        count = min(_NEIGHBOURS + 2, len(self.centres_um))
 
         def others(part: slice) -> np.ndarray:
             own = chosen[part, None]
@@ -136,20 +134,30 @@ class Kriging:
         return Weights(matrix, missing[:, None])
 
     def _solved(self, points: np.ndarray, spot: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Solve ``K w + m = r, sum(w) = 1`` for each point (p, 2) and its spots (p, k)."""
+        """Solve ``K w + m = r, sum(w) = 1`` for each point (p, 2) and its spots (p, k).
+
+        A spot fades, by a growing nugget, before it leaves the neighbours of a point: weights are continuous.
+        """
         x, y = self.centres_um[:, 0][spot], self.centres_um[:, 1][spot]  # (p, k)
-        among = self._covariance(x[:, :, None] - x[:, None], y[:, :, None] - y[:, None])  # (p, k, k)
-        among += (self.nugget + _JITTER) * np.eye(spot.shape[1])
-        to = self._covariance(x - points[:, :1], y - points[:, 1:])  # (p, k)
+        distance = np.hypot(x - points[:, :1], y - points[:, 1:])
+        noise = np.full(spot.shape, self.nugget + _JITTER)
+        if spot.shape[1] > _NEIGHBOURS:  # the last one is the first that is left out
+            spot, x, y, noise = (values[:, :-1] for values in (spot, x, y, noise))
+            reach = np.maximum(distance[:, -1:], _JITTER)
+            distance = distance[:, :-1]
+            faded = np.maximum(distance / reach - _FADING, 0) / (1 - _FADING)
+            noise += faded**2 / (1 - faded + _JITTER)
+        among = np.hypot(x[:, :, None] - x[:, None], y[:, :, None] - y[:, None])
+        among = self._covariance(among) + noise[:, None] * np.eye(spot.shape[1])  # (p, k, k)
+        to = self._covariance(distance)
         simple, one = np.moveaxis(np.linalg.solve(among, np.stack([to, np.ones_like(to)], -1)), -1, 0)
         lagrange = (1 - simple.sum(1)) / one.sum(1)
         weight = simple + one * lagrange[:, None]
         missing = 1 - (weight * to).sum(1) - lagrange  # of 1, what w' K w lacks
         return spot.astype(np.int32), weight.astype(np.float32), np.maximum(missing, 0).astype(np.float32)
 
-    def _covariance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Covariance of places that are (x, y) um apart."""
-        scaled = np.sqrt(3) / self.length_um * np.sqrt(x * x + y * y)
+    def _covariance(self, distance: np.ndarray) -> np.ndarray:
+        scaled = np.sqrt(3) / self.length_um * distance
         return (1 + scaled) * np.exp(-scaled)
 
 
@@ -242,8 +250,8 @@ def krige(
     """
     mean = expected.mean(0, dtype=np.float64)
     counted = np.where(mean > 0, mean, 1.0)  # a gene without counts has a scale of 0
-    floor = (_FLOOR * counted).astype(np.float32)
-    log_density = np.log(np.asarray(expected, np.float32) + floor)
+    log_density = np.add(expected, _FLOOR * counted, dtype=np.float32)
+    np.log(log_density, out=log_density)
     chosen = np.arange(len(log_density)) if spots is None else spots
     radius = np.sqrt(area_um2 / np.pi)
     triangle = radius * np.stack([_TRIANGLE.real, _TRIANGLE.imag], axis=-1)
