@@ -40,6 +40,7 @@ FACTORS = (2, 4, 8)
 SETTINGS = {"gap_lr": 2, "select": "last", "validation_tiles": 16, "storage": "float16"}
 STEPS = {"unet": 1200, "c3diff": 600, "diffst": 600}
 DENOISED = ", denoised spots"
+KRIGED = ", denoised spots, kriged base"
 ADAPTED = {"adapt": "auto", "adapt_minutes": 60.0}
 OWN = {"unet": {"factors": 64}}
 
@@ -120,6 +121,7 @@ def main() -> None:
                 bench.score(name, seed, model=model)
                 if asked.denoised:
                     bench.score(f"{name}{DENOISED}", seed, model=model, spots="denoised")
+                    bench.score(f"{name}{KRIGED}", seed, model=model, spots="denoised", base="kriged")
                 for kind, label in IMAGES.items():
                     if kind in asked.images:
                         bench.score(f"{name}, {label}", seed, store=bench.altered_store(kind), model=model)

@@ -47,6 +47,8 @@ def test_measured_spots_are_denoised_and_sums_are_not(visium_section, xenium_sec
     for section, expected in ((measured, ("denoised", "none")), (sums, ("raw", "exact"))):
         counts, notes = spot_counts(section.spots, "auto", "auto", are_sums=section.spots_are_sums)
         assert (counts.read, counts.consistency) == expected and not notes
+        kriged, _ = spot_counts(section.spots, "auto", "auto", are_sums=section.spots_are_sums, kriges=True)
+        assert kriged.read == "denoised"  # single counts have no useful logarithm
 
 
 def test_spots_from_a_half_of_the_counts_are_not_sums(xenium_section, monkeypatch):

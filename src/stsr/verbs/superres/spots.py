@@ -156,7 +156,9 @@ def spot_counts(
     counted = int((np.asarray(spots.counts.sum(0)).ravel() > 0).sum())
     comparable = counted >= _FEWEST_GENES
     if read == AUTO:
-        read = RAW if are_sums or not comparable else DENOISED
+        # Logarithms of single counts are mostly noise: kriging raw spots is worse than no kriging.
+        noisy = not are_sums or kriges or base == KRIGED
+        read = DENOISED if noisy and comparable else RAW
         if not are_sums and not comparable:
             notes.append("spots are not denoised: that compares genes, and only one has counts")
     if consistency == AUTO:
