@@ -197,6 +197,17 @@ def test_realisations_differ_in_kind_place_depth_and_half():
         assert realisation.mean.sum() == pytest.approx(half * realisation.split.depth, rel=0.08)
 
 
+@pytest.mark.parametrize(
+    "make", [Tissue, lambda **own: Tissue(**own).fractional()], ids=["whole", "fractional"]
+)
+def test_spots_and_truth_have_the_same_depth(make):
+    tiles = tiles_of(make(mean=20), realisations=4, spot_counts=60, spots=["square"])
+    totals = [(batch.lr.sum((1, 2, 3)), batch.hr.sum((1, 2, 3))) for batch in batches_of(tiles, 6)]
+    lr, hr = (torch.cat(parts) for parts in zip(*totals, strict=True))
+    torch.testing.assert_close(lr, hr, rtol=0.1, atol=0)
+    assert lr.max() > 3 * lr.min()
+
+
 HELD_OUT = {"one": {"exclude": [[0, 0, 500, 500]], "validation": [[900, 1000, 1400, 1600]]}}
 
 
@@ -278,6 +289,22 @@ def test_the_raster_is_made_a_window_at_a_time(monkeypatch):
     monkeypatch.setattr(module, "_SIDE", 37)
     for a, b in zip(whole, tiles_of(Tissue())._realised[0], strict=True):
         np.testing.assert_allclose(a.lr, b.lr, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [Tissue, lambda: Tissue().fractional()], ids=["whole", "fractional"])
+def test_all_genes_of_a_realisation_take_the_same_half_but_their_own_random_numbers(make, monkeypatch):
+    section = make()
+    section.hr.counts[6:] = section.hr.counts[:6]  # genes that differ by their random halves alone
+    if section.unseen is not None:
+        section.unseen.counts[6:] = section.unseen.counts[:6]
+    made, simulated = [], module._simulated
+    monkeypatch.setattr(module, "_simulated", lambda *own: made.append(simulated(*own).toarray()) or made[-1])
+    monkeypatch.setattr(module.sp, "hstack", lambda parts, format: sp.csr_matrix(np.hstack(parts)))
+    tiles_of(section, genes=GENES[:6], spots=["square"], phases=1, realisations=2)
+    for panel, others in zip(made[::2], made[1::2], strict=True):
+        twin = np.corrcoef(panel.T, others.T)[:6, 6:].argmax(1)  # others are ordered by their counts
+        same_counts = (others[:, twin] == panel).mean()
+        assert same_counts == 1 if section.unseen is not None else same_counts < 0.5
 
 
 def test_a_section_without_spots_is_refused():
