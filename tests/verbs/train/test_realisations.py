@@ -204,7 +204,7 @@ def test_spots_and_truth_have_the_same_depth(make):
     tiles = tiles_of(make(mean=20), realisations=4, spot_counts=60, spots=["square"])
     totals = [(batch.lr.sum((1, 2, 3)), batch.hr.sum((1, 2, 3))) for batch in batches_of(tiles, 6)]
     lr, hr = (torch.cat(parts) for parts in zip(*totals, strict=True))
-    torch.testing.assert_close(lr, hr, rtol=0.1, atol=0)
+    torch.testing.assert_close(lr, hr, rtol=0.2, atol=0)
     assert lr.max() > 3 * lr.min()
 
 
