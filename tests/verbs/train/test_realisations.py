@@ -242,9 +242,9 @@ def test_the_asked_share_of_tiles_is_denoised():
 
 
 def test_tiles_of_a_small_section_stay_different():
-    tiles = tiles_of(Tissue(lr=(4, 5)), realisations=2, phases=1)
-    for batch in batches_of(tiles, 10):
-        assert set(starts_of(batch)) == {(row, column) for row in (0, 10) for column in (0, 10, 20)}
+    tiles = tiles_of(Tissue(lr=(4, 5)), realisations=2, phases=3)
+    for batch in batches_of(tiles, 15):
+        assert len(set(starts_of(batch))) == 6
 
 
 def test_tiles_move_by_at_most_half_a_pixel_to_the_raster_of_their_spots():
@@ -294,16 +294,15 @@ def test_the_raster_is_made_a_window_at_a_time(monkeypatch):
 @pytest.mark.parametrize("make", [Tissue, lambda: Tissue().fractional()], ids=["whole", "fractional"])
 def test_all_genes_of_a_realisation_take_the_same_half_but_their_own_random_numbers(make, monkeypatch):
     section = make()
-    section.hr.counts[6:] = section.hr.counts[:6]  # genes that differ by their random halves alone
+    section.hr.counts[:] = section.hr.counts[:1]  # genes that differ by their random halves alone
     if section.unseen is not None:
-        section.unseen.counts[6:] = section.unseen.counts[:6]
+        section.unseen.counts[:] = section.unseen.counts[:1]
     made, simulated = [], module._simulated
     monkeypatch.setattr(module, "_simulated", lambda *own: made.append(simulated(*own).toarray()) or made[-1])
     monkeypatch.setattr(module.sp, "hstack", lambda parts, format: sp.csr_matrix(np.hstack(parts)))
     tiles_of(section, genes=GENES[:6], spots=["square"], phases=1, realisations=2)
     for panel, others in zip(made[::2], made[1::2], strict=True):
-        twin = np.corrcoef(panel.T, others.T)[:6, 6:].argmax(1)  # others are ordered by their counts
-        same_counts = (others[:, twin] == panel).mean()
+        same_counts = (others == panel).mean()
         assert same_counts == 1 if section.unseen is not None else same_counts < 0.5
 
 
