@@ -64,15 +64,19 @@ def test_optical_density_is_mixed():
 def test_drawn_stains_keep_white_but_for_the_background_and_change_hue_and_amount():
     rng = np.random.default_rng(0)
     white, image = np.full((3, 1, 1), 255, np.uint8), tissue()
-    turns, depths, glass = [], [], []
+    eosin = np.rint(255 * np.exp(-0.6 * np.array([0.07, 0.99, 0.11])))[:, None, None].astype(np.uint8)
+    turns, depths, glass, hue = [], [], [], []
     for _ in range(60):
         stain = drawn_stain(0.25, rng)
         assert (stained(white, Stain(stain.mixing, np.zeros(3))) == 255).all()
         glass.append(stained(white, stain).min())
         made = stained(image, Stain(stain.mixing, np.zeros(3)))
+        changed = stained(eosin, Stain(stain.mixing, np.zeros(3)))
+        hue.append(np.degrees(np.arccos(min(1, hues(eosin) @ hues(changed)))))
         turns.append(np.degrees(np.arccos(min(1, hues(image) @ hues(made)))))
         depths.append(np.log(255 / made.mean()) / np.log(255 / image.mean()))
     assert 235 < min(glass) < 250
+    assert 2 < np.median(hue) < 8 and max(hue) < 15
     assert 1 < np.median(turns) < 8 and max(turns) < 20  # degrees: another hue, but no false colour
     assert min(depths) < 0.8 and max(depths) > 1.25 and max(depths) < 2.5
 

@@ -18,10 +18,8 @@ _STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 _BOUND = np.sqrt(3)  # largest draw, in standard deviations
 _HUE = 0.25  # change of a stain's colour, relative to that of its log amount
-_BACKGROUND, _TINT = (
-    0.1,
-    0.3,
-)  # optical density of the glass likewise, and of its differences between channels
+_BACKGROUND = 0.1  # optical density of the glass, likewise
+_TINT = 0.03  # its differences between channels, likewise
 _DENSITY = -np.log(np.maximum(np.arange(256), 1) / 255).astype(np.float32)  # of black as of 1
 
 
@@ -64,13 +62,12 @@ def drawn_stain(strength: float, rng: np.random.Generator) -> Stain:
     rng
         Random numbers.
     """
-    drawn = _BOUND * rng.uniform(
-        -1, 1, (5, 3)
-    )  # of standard deviation 1, without the rare false colours of a normal
+    # Of variance 1. The tails of a normal distribution would be false colours, and so would stains without blue.
+    drawn = _BOUND * rng.uniform(-1, 1, (6, 3))
     amounts = np.exp(strength * drawn[0])
-    changed = np.maximum(_STAINS + strength * _HUE * drawn[1:4], 0)
+    changed = np.maximum(_STAINS + strength * _HUE * drawn[1:4], _STAINS / 2)
     changed /= np.linalg.norm(changed, axis=1, keepdims=True)
-    background = strength * _BACKGROUND * (abs(drawn[4, 0]) + _TINT * np.abs(drawn[4]))
+    background = strength * (_BACKGROUND * abs(drawn[4, 0]) + _TINT * np.abs(drawn[5]))
     return Stain(np.linalg.solve(_STAINS, amounts[:, None] * changed).T, background)
 
 

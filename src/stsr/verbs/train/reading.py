@@ -65,9 +65,8 @@ def read_sections(
     names = candidates([genes[number] for number in trained], config)
     _check_size(len(names), config, side)
     wanted = set(names)
-    own = [
-        [gene for gene in measured if gene in wanted or config.denoised] for measured in genes
-    ]  # denoising needs more than the panel
+    # Denoising needs more genes than the panel.
+    own = [[gene for gene in measured if gene in wanted or config.denoised] for measured in genes]
     counts = [read_counts(plan.section, part, plan.grid) for plan, part in zip(plans, own, strict=True)]
     densities = {number: _density(counts[number], plans[number].training_area(side)) for number in trained}
     if isinstance(config.genes, int) and 0 < config.genes < len(names):
