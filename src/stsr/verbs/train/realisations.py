@@ -80,7 +80,7 @@ class Realisation:
 def training_splits(
     section: TrainingSection, starts: np.ndarray, config: TrainConfig, per_lr: int, seed: Sequence[int]
 ) -> list[Split]:
-    """Draw the realisations of a section: kinds of spots in turn, for each kind depths from shallow to full.
+    """Draw the realisations of a section: kinds of spots in turn, and for each kind depths over the whole range.
 
     Parameters
     ----------
