@@ -299,7 +299,11 @@ def test_all_genes_of_a_realisation_take_the_same_half_but_their_own_random_numb
     if section.unseen is not None:
         section.unseen.counts[:] = section.unseen.counts[:1]
     made, simulated = [], module._simulated
-    monkeypatch.setattr(module, "_simulated", lambda *own: made.append(simulated(*own).toarray()) or made[-1])
+    monkeypatch.setattr(
+        module,
+        "_simulated",
+        lambda *own, **named: made.append(simulated(*own, **named).toarray()) or made[-1],
+    )
     monkeypatch.setattr(module.sp, "hstack", lambda parts, format: sp.csr_matrix(np.hstack(parts)))
     tiles_of(section, genes=GENES[:6], spots=["square"], phases=1, realisations=2)
     for panel, others in zip(made[::2], made[1::2], strict=True):

@@ -37,7 +37,7 @@ class Sections:
 
 
 def read_sections(
-    plans: Sequence[Plan], needs: Requirements, config: TrainConfig, areas: Mapping[str, float]
+    plans: Sequence[Plan], needs: Requirements, config: TrainConfig, *, areas: Mapping[str, float]
 ) -> Sections:
     """Choose the panel, and read the counts of all sections.
 
@@ -76,7 +76,7 @@ def read_sections(
     places = {gene: number for number, gene in enumerate(names)}
     columns = [np.array([places.get(gene, -1) for gene in part], int) for part in own]
     sections = [
-        _section(plan, read, column, len(names), needs, config, areas)
+        _section(plan, read, column, genes=len(names), needs=needs, config=config, areas=areas)
         for plan, read, column in zip(plans, counts, columns, strict=True)
     ]
     depths = [
@@ -121,6 +121,7 @@ def _section(
     plan: Plan,
     counts: BinCounts,
     columns: np.ndarray,
+    *,
     genes: int,
     needs: Requirements,
     config: TrainConfig,

@@ -78,7 +78,7 @@ class Realisation:
 
 
 def training_splits(
-    section: TrainingSection, starts: np.ndarray, config: TrainConfig, per_lr: int, seed: Sequence[int]
+    section: TrainingSection, starts: np.ndarray, config: TrainConfig, *, per_lr: int, seed: Sequence[int]
 ) -> list[Split]:
     """Draw the realisations of a section: kinds of spots in turn, and for each kind depths over the whole range.
 
@@ -115,7 +115,7 @@ def _split(kind: str, depth: float, corner: tuple[int, int], rng: np.random.Gene
 
 
 def realise(
-    section: TrainingSection, split: Split, area: np.ndarray, starts: np.ndarray, needs: Requirements
+    section: TrainingSection, split: Split, *, area: np.ndarray, starts: np.ndarray, needs: Requirements
 ) -> Realisation:
     """Simulate the spots of a section from one half of its counts, and denoise them.
 
@@ -150,7 +150,7 @@ def realise(
     stores = [section.counts] if section.others is None else [section.counts, section.others]
     matrix = measurement.matrix.astype(np.float32).tocsc()
     parts = [
-        _simulated(counts, matrix, grid, split, split.key + _KEYS * number)
+        _simulated(counts, matrix, grid=grid, split=split, key=split.key + _KEYS * number)
         for number, counts in enumerate(stores)
     ]
     spots = denoise(sp.hstack(parts, format="csr"), genes=np.arange(genes)).expected()
@@ -173,7 +173,9 @@ def _raster_grid(grid: Grid, corner: tuple[int, int], per_lr: int) -> Grid:
     return grid.window(*corner, height, width)
 
 
-def _simulated(counts: BinCounts, matrix: sp.csc_matrix, grid: Grid, split: Split, key: int) -> sp.csr_matrix:
+def _simulated(
+    counts: BinCounts, matrix: sp.csc_matrix, *, grid: Grid, split: Split, key: int
+) -> sp.csr_matrix:
     """Counts (spots, genes) of one half, by the measurement's ``matrix`` (spots, bins of the grid)."""
     total = sp.csr_matrix((matrix.shape[0], counts.genes), dtype=np.float32)
     for top in range(0, grid.height, _SIDE):

@@ -143,7 +143,7 @@ class TrainingTiles:
             for kind in config.spots
         ]
         areas = {kind: own[0].area for kind, own in zip(config.spots, self._lattices, strict=True)}
-        read = read_sections(plans, requirements, config, areas)
+        read = read_sections(plans, requirements, config, areas=areas)
         self.panel, self.reference, self.depth = read.panel, read.reference, read.depth
         self._sections = read.sections
         self.sampler = Sampler(
@@ -213,7 +213,7 @@ class TrainingTiles:
         wanted = []
         for number, (section, plan) in enumerate(zip(self._sections, plans, strict=True)):
             first = [seed, number, 0]
-            wanted.append(training_splits(section, plan.starts, config, needs.per_lr, first))
+            wanted.append(training_splits(section, plan.starts, config, per_lr=needs.per_lr, seed=first))
             wanted.append(validation_splits(config, [seed, number, 1]) if len(plan.held_out) else [])
         made: list[list[Realisation]] = []
         total = sum(map(len, wanted))
@@ -223,7 +223,7 @@ class TrainingTiles:
             made.append([])
             for split in splits:
                 progress(sum(map(len, made)), total, f"denoising simulated spots of {section.name}")
-                made[-1].append(realise(section, split, area, plan.starts, needs))
+                made[-1].append(realise(section, split, area=area, starts=plan.starts, needs=needs))
         return made[::2], made[1::2]
 
     def _validation_tiles(
