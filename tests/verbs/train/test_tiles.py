@@ -12,7 +12,7 @@ from stsr.methods.batch import Requirements
 from stsr.methods.method import configured
 from stsr.store import elements, names, publishing
 from stsr.store.section import open_section
-from stsr.verbs.train.augmentation import stained, turned
+from stsr.verbs.train.augmentation import turned
 from stsr.verbs.train.config import TrainConfig
 from stsr.verbs.train.heldout import (
     Rectangle,
@@ -156,7 +156,7 @@ def test_fixed_halves_of_fractions_change_places():
     section.hr.counts = counts
     section.unseen = Maps(section.hr.grid, GENES, counts * np.float32(0.25))
     section.image = Picture(FakeSection(lr=(5, 5)).hr)
-    tiles = tiles_of([section], NEEDS, spots=["square"], val=0, stain=0, depths=[0.5])
+    tiles = tiles_of([section], NEEDS, spots=["square"], val=0, stain=0)
     batches = [tiles.batch(2, generator(seed)) for seed in range(6)]
     pixels = torch.cat([add_up(batch.image[:, 0].float(), 10) for batch in batches])
     lr, hr = (
@@ -166,7 +166,7 @@ def test_fixed_halves_of_fractions_change_places():
     torch.testing.assert_close(lr + hr, 0.75 * pixels)
     share = (lr / (lr + hr)).mean((1, 2))
     assert set(share.numpy().round(3)) == {0.25, 0.75}
-    mean = counts.mean((1, 2)) * 50  # not thinned
+    mean = counts.mean((1, 2)) * 50
     np.testing.assert_allclose(batches[0].lr_mean[0], mean, rtol=1e-5)
 
 
@@ -378,12 +378,39 @@ def test_depths_thin_counts_and_spots_alike():
     np.testing.assert_allclose(batch.lr_mean[0], tiles.reference, rtol=0.05)
 
 
-def test_stain_changes_optical_density():
-    image = np.arange(256, dtype=np.uint8).reshape(1, 16, 16).repeat(3, 0)
-    assert np.array_equal(stained(image, np.ones(3)), image)
-    darker = stained(image, np.array([2.0, 1.0, 0.5]))
-    assert darker[0, 8, 0] == round(255 * (128 / 255) ** 2) and (darker[2] >= image[2]).all()
-    assert (darker[:, -1, -1] == 255).all()  # white has no density
+def test_fractions_are_thinned_to_the_depth():
+    section = FakeSection()
+    section.hr.counts = section.hr.counts.astype(np.float32) * np.float32(3.3)
+    section.unseen = Maps(section.hr.grid, GENES, section.hr.counts / 2)
+    tiles = tiles_of([section], NEEDS, spots=["square"], depths=(0.25,))
+    batches = [tiles.batch(8, generator(seed)) for seed in range(4)]
+    lr, hr = (torch.cat([getattr(batch, part) for batch in batches]) for part in ("lr", "hr"))
+    expected = section.hr.counts.mean((1, 2)) * 12.5
+    np.testing.assert_allclose(lr.mean((0, 2, 3)), expected, rtol=0.05)
+    np.testing.assert_allclose(100 * hr.mean((0, 2, 3)), expected, rtol=0.05)
+    np.testing.assert_allclose(batches[0].lr_mean[0], expected, rtol=1e-5)
+    assert torch.equal(hr, hr.round())
+
+
+@pytest.mark.parametrize(("kind", "area"), [("square", 1.0), ("visium", np.pi * 0.275**2)])
+def test_spots_have_the_counts_asked_for(kind, area):
+    """Depths lie between that with the fewest counts per spot and full, evenly on a logarithmic scale."""
+    section = FakeSection(lr=(20, 20))
+    section.hr.counts *= 10
+    full = section.hr.counts.sum() / 400 / 2 * area  # counts of a half in a spot
+    fewest = round(full / 10)
+    tiles = tiles_of([section], NEEDS, spots=[kind], spot_counts=fewest, val=0)
+    batches = [tiles.batch(8, generator(seed)) for seed in range(12)]
+    spots = torch.cat([batch.lr.sum(1).mean((1, 2)) for batch in batches]).numpy() * area
+    means = torch.cat([batch.lr_mean.sum(1) for batch in batches]).numpy() * area
+    np.testing.assert_allclose(spots, means, rtol=0.12)
+    assert 0.95 < means.min() / fewest < 1.2 and 0.85 < means.max() / full < 1.05
+    np.testing.assert_allclose(np.log(means).mean(), np.log(full * fewest) / 2, atol=0.2)
+    np.testing.assert_allclose(tiles.reference, tiles.depth * section.hr.counts.mean((1, 2)) * 100, rtol=1e-4)
+    np.testing.assert_allclose(2 * tiles.depth, 0.9 / np.log(10), rtol=0.02)  # mean of 10 ** -u
+    assert all((batch.hr == batch.hr.round()).all() for batch in batches)
+    shallow = tiles_of([section], NEEDS, spots=[kind], spot_counts=round(10 * full), val=0)
+    np.testing.assert_allclose(shallow.depth, 0.5, rtol=1e-6)  # spots that have fewer counts are not thinned
 
 
 def test_same_data_same_digest():

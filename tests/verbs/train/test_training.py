@@ -124,6 +124,26 @@ def test_a_signal_saves_and_the_same_command_goes_on(whole, section, tmp_path, n
     assert without_time[0] == without_time[1]
 
 
+def test_a_training_on_denoised_spots_resumes_exactly(section, tmp_path):
+    own = {"settings": ["denoised=0.7", "realisations=2", "spot_counts=40"], "steps": 6, "seed": 3}
+    whole = small(section, tmp_path / "whole.safetensors", **own)
+    output, labels = tmp_path / "m.safetensors", []
+
+    def stop_at_3(done, total, sentence):
+        labels.append(sentence)
+        if sentence.startswith("step 3/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="step 3 of 6"):
+        small(section, output, progress=stop_at_3, **own)
+    assert labels.count("denoising simulated spots of one") == 4  # two for training, and one of each kind
+    small(section, output, **own)
+    assert output.read_bytes() == whole.read_bytes()
+    assert checkpoint.load(output).provenance["train"]["denoised"] == 0.7
+    other = small(section, tmp_path / "other.safetensors", **{**own, "settings": own["settings"][1:]})
+    assert other.read_bytes() != whole.read_bytes()
+
+
 def test_a_kill_loses_nothing_but_time(whole, section, tmp_path):
     output = tmp_path / "m.safetensors"
     script = f"""
@@ -311,7 +331,8 @@ def test_settings_find_their_config(tmp_path):
     "wrong",
     [
         {"batch": 0}, {"ema_decay": 1.0}, {"tissue": 2.0}, {"spots": ()}, {"depths": (2.0,)},
-        {"select": "worst"}, {"storage": "int8"}, {"warmup": -1}, {"genes": -1},
+        {"select": "worst"}, {"storage": "int8"}, {"warmup": -1}, {"genes": -1}, {"denoised": 1.5},
+        {"realisations": 0}, {"spot_counts": -1}, {"depths": (0.5,), "spot_counts": 200},
     ],
 )  # fmt: skip
 def test_config_is_checked_at_birth(wrong):

@@ -54,10 +54,18 @@ class TrainConfig:
         Shifts of the tiles per axis within a low-resolution pixel. 5 are 20 um apart, finer than a spot; the list of
         positions grows with their square.
     depths
-        Fractions to which transcripts are thinned before they are halved, one drawn per tile. Sections with fractional
-        counts are not thinned.
+        Fractions to which transcripts are thinned before they are halved, one drawn per tile.
+    spot_counts
+        Draw depths between that at which the mean spot has this many counts of the panel, and 1, instead; evenly
+        on a logarithmic scale. 0 for ``depths``.
+    denoised
+        Fraction of tiles with denoised spots, as prediction denoises them.
+    realisations
+        Number of times that the spots of each section are simulated and denoised, at other places and depths and from
+        other halves of the transcripts.
     stain
-        Standard deviation of the random log gain of each channel's optical density.
+        Strength of random staining: standard deviation of the log amount of each stain. Hue and background vary in
+        proportion.
     coarse
         Fraction of tiles whose image is given the resolution of a coarser scan (one of 4 and 10 um per pixel), so that
         the model copes with one.
@@ -103,7 +111,10 @@ class TrainConfig:
     spots: tuple[str, ...] = ("square", "visium")
     phases: int = 5
     depths: tuple[float, ...] = (1.0,)
-    stain: float = 0.1
+    spot_counts: int = 0
+    denoised: float = 0.0
+    realisations: int = 8
+    stain: float = 0.25
     coarse: float = 0.15
     flips: bool = True
     tissue: float = 0.3
@@ -121,9 +132,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "steps", "batch", "learning_rate", "train_tile_lr", "phases", "validate_every")
-        check_positive(self, "log_every", "save_every", "save_seconds", "validation_tiles")
+        check_positive(self, "log_every", "save_every", "save_seconds", "validation_tiles", "realisations")
         check_not_negative(self, "warmup", "weight_decay", "grad_clip", "gap_lr", "stain", "prefetch")
-        for name in ("final_rate", "tissue", "coarse"):
+        check_not_negative(self, "spot_counts")
+        for name in ("final_rate", "tissue", "coarse", "denoised"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
@@ -140,6 +152,8 @@ class TrainConfig:
             raise ValueError(
                 f"depths must be fractions of the transcripts, above 0 and at most 1, not {self.depths}"
             )
+        if self.spot_counts and tuple(self.depths) != (1.0,):
+            raise ValueError("depths and spot_counts exclude each other; leave out one of them")
         if self.select not in ("best", "last"):
             raise ValueError(f"select must be best or last, not {self.select!r}")
         if self.storage not in ("float32", "float16"):

@@ -23,6 +23,7 @@ _PIECE = 2**22  # entries that are hashed at once
 _TOLERANCE = 1e-3  # counts; rounding of fractional halves
 _BITS = np.array([2**bits - 1 for bits in range(9)], np.uint8)  # the lowest 0 to 8 bits
 _ONES = np.array([number.bit_count() for number in range(256)], np.uint8)
+_GENE_BITS, _TRANSCRIPT_BITS = 16, 20  # of the number of a transcript; the others are those of its bin
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,20 @@ class Window:
     """(n,) unsigned whole numbers, or float32."""
     unseen: np.ndarray | None
     """(n,) float32, the part of the count in the fixed second half; None for whole numbers."""
+    bins: np.ndarray | None = None
+    """(bins,) number of each bin in the section, for `split`."""
 
     def halves(self, rng: np.random.Generator, depth: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
         """Split the counts into two halves (n,) float32 with independent noise.
 
         Whole counts are thinned to the fraction ``depth``, then each transcript goes to either half with probability
-        1/2. Fractional counts have two fixed halves, whose order is random.
+        1/2. Fractional counts have two fixed halves, whose order is random; to be thinned, they are first rounded up
+        with the probability of their fraction.
         """
         if self.unseen is not None:
             fixed = self.count - self.unseen, self.unseen
-            return fixed if rng.random() < 0.5 else fixed[::-1]
+            first, second = fixed if rng.random() < 0.5 else fixed[::-1]
+            return _thinned(first, depth, rng), _thinned(second, depth, rng)
         count = self.count if depth == 1 else rng.binomial(self.count, depth)
         # The number of ones among n random bits is binomial: 20 times faster than rng.binomial.
         bits = np.frombuffer(rng.bytes(len(count)), np.uint8)
@@ -64,9 +69,55 @@ class Window:
         half[many] = rng.binomial(count[many], 0.5)
         return half, count - half
 
+    def split(self, key: int, depth: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        """`halves` that are always the same for a key: every window of a section gives the same split of its bins.
+
+        The random number of a transcript is a function of the key, its bin, its gene and its number among theirs.
+        """
+        assert self.bins is not None, "windows of a section have them"
+        entry = (np.repeat(self.bins, np.diff(self.first)) << _GENE_BITS) + self.gene
+        if self.unseen is None:
+            drawn, owner = _drawn(key, entry, self.count)
+            parts = drawn < depth / 2, (drawn >= depth / 2) & (drawn < depth)
+            first, second = (np.bincount(owner[part], minlength=len(entry)) for part in parts)
+            return first.astype(np.float32), second.astype(np.float32)
+        fixed = [self.count - self.unseen, self.unseen]
+        if depth < 1:
+            for number, half in enumerate(fixed):
+                whole = np.floor(half + _uniform(key + 2 * number + 1, entry)).astype(np.int64)
+                drawn, owner = _drawn(key + 2 * number + 2, entry, whole)
+                fixed[number] = np.bincount(owner[drawn < depth], minlength=len(entry)).astype(np.float32)
+        return (fixed[0], fixed[1]) if key % 2 else (fixed[1], fixed[0])
+
     def matrix(self, counts: np.ndarray, genes: int) -> sp.csr_matrix:
         """Entries (n,) as a matrix (bins, genes)."""
         return sp.csr_matrix((counts, self.gene, self.first), (len(self.first) - 1, genes))
+
+
+def _thinned(counts: np.ndarray, depth: float, rng: np.random.Generator) -> np.ndarray:
+    """Fractional counts (n,) thinned to the fraction ``depth``: whole numbers with the same mean, times it."""
+    if depth == 1:
+        return counts
+    whole = np.floor(counts + rng.random(len(counts))).astype(np.int64)
+    return rng.binomial(whole, depth).astype(np.float32)
+
+
+def _drawn(key: int, entry: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A uniform number for each transcript of entries (n,), and the position of its entry: both (transcripts,)."""
+    owner = np.repeat(np.arange(len(entry)), count)
+    first = np.cumsum(count, dtype=np.int64) - count
+    return _uniform(key, (entry[owner] << _TRANSCRIPT_BITS) + np.arange(len(owner)) - first[owner]), owner
+
+
+def _uniform(key: int, number: np.ndarray) -> np.ndarray:
+    """Uniform random numbers (n,) in [0, 1), each a function of the key and of its own number alone.
+
+    Source: SplitMix64 (Steele, Lea and Flood 2014, OOPSLA), whose state is here a key and a counter.
+    """
+    x = number.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 @dataclass(frozen=True)
@@ -116,6 +167,9 @@ class BinCounts:
             read(self.gene).astype(np.int32),
             read(self.count),
             None if self.unseen is None else read(self.unseen),
+            np.add.outer(
+                np.arange(row, row + height) * self.first.shape[1], np.arange(column, column + width)
+            ).ravel(),
         )
 
     def weighted(self, weights: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
@@ -196,6 +250,13 @@ class _Files:
         with disk_errors(_temporary()):
             gene, count, *unseen = map(_mapped, self._files, self._kinds)
         return BinCounts(genes, first, length, gene, count, unseen[0] if unseen else None, tuple(blocks))
+
+
+def on_disk(values: np.ndarray) -> np.ndarray:
+    """A copy of an array in a temporary file, which vanishes with the process."""
+    with disk_errors(_temporary()), tempfile.TemporaryFile() as file:
+        file.write(np.ascontiguousarray(values).data)
+        return _mapped(file, values.dtype).reshape(values.shape)
 
 
 def _temporary() -> Path:

@@ -159,6 +159,8 @@ class Plan:
     """(height, width) bool."""
     excluded: list[Rectangle]
     """Rectangles that are not used at all."""
+    blocks: list[Rectangle]
+    """Rectangles that are only used for validation."""
     starts: np.ndarray
     """First bins (n, 2) of the training tiles."""
     held_out: np.ndarray
@@ -169,10 +171,12 @@ class Plan:
     @cached_property
     def usable(self) -> np.ndarray:
         """Measured bins that are not excluded: (height, width) bool."""
-        excluded = np.zeros(self.grid.shape, bool)
-        for each in self.excluded:
-            each.paint(excluded)
-        return _measured(self.section, self.grid) & ~excluded
+        return _measured(self.section, self.grid) & ~_painted(self.excluded, self.grid)
+
+    @cached_property
+    def trainable(self) -> np.ndarray:
+        """Measured bins that are neither excluded nor used for validation: (height, width) bool."""
+        return self.usable & ~_painted(self.blocks, self.grid)
 
     def training_area(self, side: int) -> np.ndarray:
         """Tissue covered by training tiles of ``side`` bins: (height, width) bool."""
@@ -227,7 +231,7 @@ def plan_section(
     apart = excluded + blocks
     gap = config.gap_lr * per_lr or widest_gap(first, side, apart, per_lr)
     starts = starts[far_from(starts, side, apart, gap)]
-    return Plan(section, grid, mask, excluded, starts, held_out, gap // per_lr)
+    return Plan(section, grid, mask, excluded, blocks, starts, held_out, gap // per_lr)
 
 
 def _tissue_of(section: Section, grid: Grid) -> np.ndarray:
@@ -236,12 +240,18 @@ def _tissue_of(section: Section, grid: Grid) -> np.ndarray:
     return measured if section.tissue is None else measured & section.tissue.read(grid)
 
 
+def _painted(rectangles: Sequence[Rectangle], grid: Grid) -> np.ndarray:
+    """Bins inside any of the rectangles: (height, width) bool."""
+    mask = np.zeros(grid.shape, bool)
+    for each in rectangles:
+        each.paint(mask)
+    return mask
+
+
 def _measured(section: Section, grid: Grid) -> np.ndarray:
     """Bins of the grid with counts: (height, width) bool."""
     assert section.hr is not None, "check_section comes first"
-    measured = np.zeros(grid.shape, bool)
-    Rectangle.of_um(section.hr.grid.bounds_um, grid).paint(measured)
-    return measured
+    return _painted([Rectangle.of_um(section.hr.grid.bounds_um, grid)], grid)
 
 
 def _block(corner: int, size: int, height: int, width: int) -> Rectangle:

@@ -114,6 +114,7 @@ def make_job(
         regions=regions,
         seed=seed,
         features=cached.maps,
+        progress=progress,
     )
     whole = {
         "stsr": __version__,

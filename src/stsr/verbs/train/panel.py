@@ -51,12 +51,13 @@ def most_expressed(
     Parameters
     ----------
     measured, densities
-        The genes of each section, a part of ``names``, and their mean counts (genes,).
+        Genes of each section, of which those not in ``names`` are ignored, and their mean counts (genes,).
     """
     place = {gene: number for number, gene in enumerate(names)}
     best = np.full(len(names), len(names))  # rank in the section where the gene ranks highest
     for own, density in zip(measured, densities, strict=True):
-        ranked = np.array([place[gene] for gene in own], int)[np.argsort(-density, kind="stable")]
+        order = [own[number] for number in np.argsort(-density, kind="stable")]
+        ranked = np.array([place[gene] for gene in order if gene in place], int)
         best[ranked] = np.minimum(best[ranked], np.arange(len(ranked)))
     chosen = np.sort(np.argsort(best, kind="stable")[:count])
     return [names[index] for index in chosen]

@@ -1,4 +1,4 @@
-"""Random choice of training tiles: balanced over organs and sections, by tissue within a section."""
+"""Random choice of training tiles, balanced over organs and sections, by tissue within a section; and of depths."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from stsr.verbs.train.config import TrainConfig
 
 _OVERLAP = 0.5  # largest fraction of its area that a tile of a minibatch shares with another
 _TRIES = 30  # draws in a section before larger overlaps are accepted, and before another section is drawn
@@ -81,3 +83,34 @@ def section_weights(places: Sequence[Places]) -> np.ndarray:
     organs = np.unique([each.organ for each in places], return_inverse=True)[1]
     per_organ = np.bincount(organs, root)
     return np.where(root > 0, root / np.maximum(per_organ[organs], 1e-9), 0) / (per_organ > 0).sum()
+
+
+def drawn_depth(config: TrainConfig, per_spot: float, quantile: float) -> float:
+    """The fraction to which transcripts are thinned.
+
+    Parameters
+    ----------
+    config
+        Its ``depths`` or ``spot_counts``.
+    per_spot
+        Counts of the mean spot without thinning.
+    quantile
+        What was drawn, at least 0 and below 1; with ``spot_counts``, larger ones are shallower.
+    """
+    least = _least_depth(config, per_spot)
+    return config.depths[int(quantile * len(config.depths))] if least is None else least**quantile
+
+
+def mean_depth(config: TrainConfig, per_spot: float) -> float:
+    """Mean of `drawn_depth`."""
+    least = _least_depth(config, per_spot)
+    if least is None:
+        return float(np.mean(config.depths))
+    return 1.0 if least == 1 else (1 - least) / -float(np.log(least))
+
+
+def _least_depth(config: TrainConfig, per_spot: float) -> float | None:
+    """The depth at which spots have the fewest counts that the config allows; None if it lists depths."""
+    if not config.spot_counts:
+        return None
+    return min(1.0, config.spot_counts / per_spot) if per_spot else 1.0

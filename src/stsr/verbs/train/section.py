@@ -27,14 +27,20 @@ class TrainingSection:
     """The H&E, on disk."""
     counts: BinCounts
     """Counts per bin of the panel's genes."""
+    others: BinCounts | None
+    """Counts per bin of other genes, which denoising needs; None if spots are not denoised."""
     measured: np.ndarray
     """(g,) bool: whether the section measured each gene of the panel."""
     tissue: np.ndarray
     """(height, width) bool."""
     usable: np.ndarray
     """(height, width) bool, bins that are not excluded."""
+    trainable: np.ndarray
+    """(height, width) bool, bins that are not used for validation, either."""
     means: np.ndarray
     """(kinds, g) float32: `stsr.methods.batch.lr_mean` of each kind of spots, of half of all counts."""
+    per_spot: np.ndarray
+    """(kinds,) counts of the panel in a mean spot, of half of all counts."""
 
     def update(self, digest: hashlib._Hash) -> None:
         """Add everything that training uses to a hash; of the image, its pixels at the size of a bin."""
@@ -42,6 +48,9 @@ class TrainingSection:
         for array in (self.image.read(self.grid), self.measured, self.tissue, self.usable, self.means):
             digest.update(np.ascontiguousarray(array).data)
         self.counts.update(digest)
+        if self.others is not None:
+            digest.update(np.ascontiguousarray(self.trainable).data)
+            self.others.update(digest)
 
 
 def check_section(section: Section, requirements: Requirements) -> None:

@@ -56,6 +56,12 @@ class Lattice:
     measurement: Measurement
     lr_um: float
 
+    @property
+    def area(self) -> float:
+        """Area of a spot, in low-resolution pixels."""
+        seen = self.measurement.bins_seen.max(initial=0.0)
+        return float(seen) * (self.measurement.grid.bin_um / self.lr_um) ** 2
+
     def simulate(
         self, counts: sp.csr_matrix, tissue: np.ndarray, usable: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -119,15 +125,23 @@ def lattices_of(kind: str, side_lr: int, bin_um: float, lr_um: float) -> list[La
     return [Lattice(measure(grid, each), lr_um) for each in centres(grid)]
 
 
+def spots_over(
+    kind: str, grid: Grid, tissue: np.ndarray, usable: np.ndarray, lattice: int = 0
+) -> Measurement:
+    """The spots of a lattice over a section that `Lattice.simulate` would measure."""
+    centres, measure = _LATTICES[kind]
+    lattices = centres(grid)
+    whole = measure(grid, lattices[lattice % len(lattices)])
+    return whole.of_spots(spots_in(whole, tissue, usable))
+
+
 def mean_weights(kind: str, grid: Grid, tissue: np.ndarray, usable: np.ndarray, lr_um: float) -> np.ndarray:
     """Weights of bins (height, width) whose weighted sum of counts is a section's `stsr.methods.batch.lr_mean`.
 
     Spots lie over the whole section. ``tissue`` and ``usable`` are as in `Lattice.simulate`; bins that are not usable
     do not enter.
     """
-    centres, measure = _LATTICES[kind]
-    whole = measure(grid, centres(grid)[0])
-    measurement = whole.of_spots(spots_in(whole, tissue, usable))
+    measurement = spots_over(kind, grid, tissue, usable)
     nearest = measurement.nearest[usable]
     seen = np.bincount(nearest[nearest >= 0], minlength=measurement.spots)  # bins to which a spot is nearest
     per_spot = seen / measurement.bins_seen.max(initial=1.0)  # as in `Measurement.raster`

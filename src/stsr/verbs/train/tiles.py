@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
 from stsr.errors import UsageError
-from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements, cut
+from stsr.methods.batch import Batch, Requirements, cut
+from stsr.progress import Progress, silent
 from stsr.store.parts import FeatureMap
 from stsr.store.section import Section
-from stsr.verbs.train.augmentation import COARSE_UM, coarsened, stained, turned, turned_places
+from stsr.verbs.train.augmentation import (
+    COARSE_UM,
+    Stain,
+    coarsened,
+    drawn_stain,
+    stained,
+    turned,
+    turned_places,
+)
 from stsr.verbs.train.config import TrainConfig
-from stsr.verbs.train.counts import BinCounts, read_counts
 from stsr.verbs.train.heldout import Plan, check_plans, checked_regions, plan_section, window_shares
-from stsr.verbs.train.panel import candidates, most_expressed
-from stsr.verbs.train.sampling import Places, Sampler
+from stsr.verbs.train.reading import read_sections
+from stsr.verbs.train.realisations import Realisation, realise, training_splits, validation_splits
+from stsr.verbs.train.sampling import Places, Sampler, drawn_depth
 from stsr.verbs.train.section import TrainingSection, check_section
-from stsr.verbs.train.spots import lattices_of, mean_weights
-
-_LARGEST_BATCH = 10**9  # bytes of the truth; up to three batches are in memory
-_HALF = 0.5  # of the counts are in the spots, the others are the truth
+from stsr.verbs.train.spots import lattices_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +50,21 @@ class Tile:
     """Fraction of the transcripts that is used."""
     turn: int
     """How the tile is rotated and mirrored, see `turned`."""
-    stain: np.ndarray | None
-    """(3,) gains of the stain."""
+    stain: Stain | None
+    """How its staining is changed."""
     coarse_um: float | None
     """Pixels of the coarser scan that the image is made to resemble, um."""
     seed: int
     """Of the random halves."""
+    realisation: Realisation | None = None
+    """Of its section, if its spots are denoised: then the kind, lattice, depth and seed above are not used."""
 
 
 class TrainingTiles:
     """Training and validation tiles of sections with counts per bin.
 
-    Spots and truth of a tile are two random halves of its counts, drawn anew each time, so they share no noise.
+    Spots and truth of a tile are two random halves of its counts, drawn anew each time, so they share no noise. Tiles
+    with denoised spots are cut from realisations of the whole section instead.
 
     Parameters
     ----------
@@ -71,9 +80,11 @@ class TrainingTiles:
         ``{section name: {"exclude": [[x0, y0, x1, y1], ...], "validation": [...]}}``, um. Neither is used for training.
         Validation regions of a section replace the automatic one.
     seed
-        Seed of the halves of validation tiles; the other random numbers come with each batch.
+        Seed of realisations and of the halves of validation tiles; the other random numbers come with each batch.
     features
         {section name: patch features}, for methods that read them.
+    progress
+        Called while spots are denoised.
 
     Attributes
     ----------
@@ -81,7 +92,9 @@ class TrainingTiles:
         Gene names.
     reference
         (p,) mean counts per low-resolution pixel over training tissue, at the depth of the truth: half of the counts,
-        times the mean of the config's depths. The mean of the sections that measured the gene.
+        times the mean depth. The mean of the sections that measured the gene.
+    depth
+        (p,) mean fraction of a section's counts that the truth of a tile holds.
     gaps_lr
         Gap of each section, low-resolution pixels.
     sampler
@@ -105,6 +118,7 @@ class TrainingTiles:
         regions: dict[str, dict] | None = None,
         seed: int = 0,
         features: Mapping[str, FeatureMap] | None = None,
+        progress: Progress = silent,
     ):
         for section in sections:
             check_section(section, requirements)
@@ -128,7 +142,10 @@ class TrainingTiles:
             lattices_of(kind, config.train_tile_lr, requirements.bin_um, requirements.lr_um)
             for kind in config.spots
         ]
-        self._sections = self._read(plans)
+        areas = {kind: own[0].area for kind, own in zip(config.spots, self._lattices, strict=True)}
+        read = read_sections(plans, requirements, config, areas=areas)
+        self.panel, self.reference, self.depth = read.panel, read.reference, read.depth
+        self._sections = read.sections
         self.sampler = Sampler(
             [
                 Places(
@@ -140,17 +157,13 @@ class TrainingTiles:
             ],
             self.side,
         )
-        self._held_out = _spread(self._validation_tiles(plans, seed), config.validation_tiles)
+        self._realised, realised = self._realise(plans, seed, progress) if config.denoised else ([], [])
+        self._held_out = _spread(self._validation_tiles(plans, realised, seed), config.validation_tiles)
 
     @property
     def count(self) -> int:
         """Number of training tiles, at all shifts."""
         return self.sampler.count
-
-    @property
-    def depth(self) -> float:
-        """Mean fraction of a section's counts that the truth of a tile holds."""
-        return _HALF * float(np.mean(self.config.depths))
 
     @property
     def validation_count(self) -> int:
@@ -181,121 +194,98 @@ class TrainingTiles:
         rng = np.random.default_rng(
             int(torch.randint(2**62, (), generator=generator, device=generator.device))
         )
-        return self._assemble([self._drawn(*place, rng) for place in self.sampler.draw(size, rng)])
+        places = self.sampler.draw(size, rng)
+        taken = set(places)
+        return self._assemble([self._drawn(*place, rng, taken) for place in places])
 
     def validation_batches(self, size: int = 8) -> Iterator[Batch]:
         """Yield the validation tiles, always the same and without augmentation."""
         for first in range(0, len(self._held_out), size):
             yield self._assemble(self._held_out[first : first + size])
 
-    # ---------------------------------------------------------------------------------------------- reading data
+    # ---------------------------------------------------------------------------------------------- drawing tiles
 
-    def _read(self, plans: list[Plan]) -> list[TrainingSection]:
-        """Choose the panel, and read the counts of all sections."""
-        genes = [plan.section.hr.genes if plan.section.hr else [] for plan in plans]
-        trained = [number for number, plan in enumerate(plans) if len(plan.starts)]
-        names = candidates([genes[number] for number in trained], self.config)
-        self._check_size(len(names))
-        wanted = set(names)
-        own = [[gene for gene in measured if gene in wanted] for measured in genes]
-        counts = [read_counts(plan.section, part, plan.grid) for plan, part in zip(plans, own, strict=True)]
-        densities = {
-            number: _density(counts[number], plans[number].training_area(self.side)) for number in trained
-        }
-        if isinstance(self.config.genes, int) and 0 < self.config.genes < len(names):
-            names = most_expressed(
-                names, [own[number] for number in trained], list(densities.values()), self.config.genes
-            )
-        self.panel = tuple(names)
-        places = {gene: number for number, gene in enumerate(names)}
-        columns = [np.array([places.get(gene, -1) for gene in part], int) for part in own]
-        self.reference = self._reference({number: (columns[number], densities[number]) for number in trained})
-        return [
-            self._section(plan, read, column)
-            for plan, read, column in zip(plans, counts, columns, strict=True)
-        ]
+    def _realise(
+        self, plans: list[Plan], seed: int, progress: Progress
+    ) -> tuple[list[list[Realisation]], list[list[Realisation]]]:
+        """Realisations of each section for training, whose spots lie outside validation areas, and for validation."""
+        needs, config = self.requirements, self.config
+        wanted = []
+        for number, (section, plan) in enumerate(zip(self._sections, plans, strict=True)):
+            first = [seed, number, 0]
+            wanted.append(training_splits(section, plan.starts, config, per_lr=needs.per_lr, seed=first))
+            wanted.append(validation_splits(config, [seed, number, 1]) if len(plan.held_out) else [])
+        made: list[list[Realisation]] = []
+        total = sum(map(len, wanted))
+        for number, splits in enumerate(wanted):
+            section, plan = self._sections[number // 2], plans[number // 2]
+            area = section.usable if number % 2 else section.trainable
+            made.append([])
+            for split in splits:
+                progress(sum(map(len, made)), total, f"denoising simulated spots of {section.name}")
+                made[-1].append(realise(section, split, area=area, starts=plan.starts, needs=needs))
+        return made[::2], made[1::2]
 
-    def _check_size(self, genes: int) -> None:
-        """Refuse a panel of so many genes that a batch would not fit in memory."""
-        chosen = self.config.genes
-        genes = min(genes, chosen) if isinstance(chosen, int) and chosen else genes
-        size = self.config.batch * genes * self.side**2 * 4
-        if size > _LARGEST_BATCH:
-            raise UsageError(
-                f"a batch of {self.config.batch} tiles with {genes:,} genes takes {size / 1e9:.1f} GB; train the most "
-                "expressed genes with --set genes=1000, or set a smaller batch"
-            )
-
-    def _reference(self, densities: dict[int, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """`reference`, from the columns and the mean counts per bin of the genes of each section."""
-        total, sections = np.zeros(len(self.panel)), np.zeros(len(self.panel))
-        for columns, density in densities.values():
-            total[columns[columns >= 0]] += density[columns >= 0]
-            sections[columns[columns >= 0]] += 1
-        depth = self.depth * self.requirements.per_lr**2
-        return np.maximum(depth * total / np.maximum(sections, 1), PLAIN_DENSITY).astype(np.float32)
-
-    def _section(self, plan: Plan, counts: BinCounts, columns: np.ndarray) -> TrainingSection:
-        """A section with the panel's genes; ``columns`` are their places in the panel, -1 for other genes."""
-        assert plan.section.image is not None, "check_section comes first"
-        genes = len(self.panel)
-        kept = counts.of_genes(columns, genes)
-        weights = [
-            mean_weights(kind, plan.grid, plan.tissue, plan.usable, self.requirements.lr_um)
-            for kind in self.config.spots
-        ]
-        return TrainingSection(
-            name=plan.section.name,
-            grid=plan.grid,
-            image=plan.section.image,
-            counts=kept,
-            measured=np.isin(np.arange(genes), columns),
-            tissue=plan.tissue,
-            usable=plan.usable,
-            means=(_HALF * kept.weighted(np.stack(weights))).astype(np.float32),
-        )
-
-    def _validation_tiles(self, plans: list[Plan], seed: int) -> list[Tile]:
+    def _validation_tiles(
+        self, plans: list[Plan], realised: list[list[Realisation]], seed: int
+    ) -> list[Tile]:
         """All tiles of validation areas; kinds of spots and lattices in turn, as many transcripts as there are."""
         kinds = len(self.config.spots)
         tiles = []
-        for section, plan in zip(self._sections, plans, strict=True):
+        for index, (section, plan) in enumerate(zip(self._sections, plans, strict=True)):
             for number, (row, column) in enumerate(plan.held_out.tolist()):
                 kind = number % kinds
-                tiles.append(
-                    Tile(
-                        section=section,
-                        row=row,
-                        column=column,
-                        kind=kind,
-                        lattice=number // kinds % len(self._lattices[kind]),
-                        depth=max(self.config.depths),
-                        turn=0,
-                        stain=None,
-                        coarse_um=None,
-                        seed=int(np.random.default_rng([seed, number]).integers(2**62)),
-                    )
+                rng = np.random.default_rng([seed, number])
+                tile = Tile(
+                    section=section,
+                    row=row,
+                    column=column,
+                    kind=kind,
+                    lattice=number // kinds % len(self._lattices[kind]),
+                    depth=max(self.config.depths),
+                    turn=0,
+                    stain=None,
+                    coarse_um=None,
+                    seed=int(rng.integers(2**62)),
                 )
+                denoised = rng.random() < self.config.denoised
+                tiles.append(replace(tile, realisation=realised[index][kind]) if denoised else tile)
         return tiles
 
-    # ------------------------------------------------------------------------------------------------- assembling
-
-    def _drawn(self, section: int, row: int, column: int, rng: np.random.Generator) -> Tile:
-        """A training tile at a place."""
+    def _drawn(
+        self,
+        section: int,
+        row: int,
+        column: int,
+        rng: np.random.Generator,
+        taken: set[tuple[int, int, int]] | None = None,
+    ) -> Tile:
+        """A training tile at a place; one with denoised spots close to it, but not at another place that is taken."""
         config = self.config
         kind = int(rng.integers(len(config.spots)))
-        return Tile(
+        tile = Tile(
             section=self._sections[section],
             row=row,
             column=column,
             kind=kind,
             lattice=int(rng.integers(len(self._lattices[kind]))),
-            depth=float(rng.choice(config.depths)),
+            depth=drawn_depth(config, float(self._sections[section].per_spot[kind]), float(rng.random())),
             turn=int(rng.integers(8)) if config.flips else 0,
-            stain=np.exp(rng.normal(0, config.stain, 3)) if config.stain else None,
+            stain=drawn_stain(config.stain, rng) if config.stain else None,
             coarse_um=self._coarse_um(rng),
             seed=int(rng.integers(2**62)),
         )
+        if not config.denoised or rng.random() >= config.denoised:
+            return tile
+        others = (set() if taken is None else taken) - {(section, row, column)}
+        for number in rng.permutation(len(self._realised[section])):
+            realisation = self._realised[section][number]
+            place = (section, *realisation.nearest(row, column))
+            if place not in others:
+                if taken is not None:
+                    taken.add(place)
+                return replace(tile, row=place[1], column=place[2], realisation=realisation)
+        return tile  # in a section of few tiles
 
     def _coarse_um(self, rng: np.random.Generator) -> float | None:
         """Pixels of a coarser scan for some of the tiles, if there are such scans."""
@@ -347,8 +337,9 @@ class TrainingTiles:
 
     def _mean(self, tile: Tile) -> np.ndarray:
         """The section's mean counts (g,) at the depth of a tile."""
-        depth = 1.0 if tile.section.counts.unseen is not None else tile.depth
-        return (tile.section.means[tile.kind] * depth).astype(np.float32)
+        if tile.realisation is not None:
+            return tile.realisation.mean
+        return (tile.section.means[tile.kind] * tile.depth).astype(np.float32)
 
     def _fill(self, tile: Tile, hr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Write one half of the counts into ``hr`` (g, side, side), which is zero; the other half gives the spots.
@@ -360,23 +351,24 @@ class TrainingTiles:
         """
         margin, section = self.requirements.per_lr, tile.section
         area = (tile.row - margin, tile.column - margin, self.side + 2 * margin, self.side + 2 * margin)
-        window = section.counts.cut(*area)
-        seen, truth = window.halves(np.random.default_rng(tile.seed), tile.depth)
+        window, realised = section.counts.cut(*area), tile.realisation
+        if realised is None:
+            seen, truth = window.halves(np.random.default_rng(tile.seed), tile.depth)
+        else:
+            seen, truth = window.split(realised.split.key, realised.split.depth)
         number = np.int32 if hr.size < 2**31 else np.int64
         places = np.repeat(turned_places(self.side, tile.turn, margin).astype(number), np.diff(window.first))
         at = window.gene * number(self.side**2)
         at += places
         inside = places >= 0
         hr.reshape(-1)[at[inside]] = truth[inside]
-        lattice = self._lattices[tile.kind][tile.lattice]
-        masks = cut(section.tissue, *area), cut(section.usable, *area)
-        lr, mask = lattice.simulate(window.matrix(seen, len(self.panel)), *masks)
+        if realised is None:
+            lattice = self._lattices[tile.kind][tile.lattice]
+            masks = cut(section.tissue, *area), cut(section.usable, *area)
+            lr, mask = lattice.simulate(window.matrix(seen, len(self.panel)), *masks)
+        else:
+            lr, mask = realised.cut(tile.row, tile.column, self.config.train_tile_lr)
         return np.ascontiguousarray(turned(lr, tile.turn)), np.ascontiguousarray(turned(mask, tile.turn))
-
-
-def _density(counts: BinCounts, area: np.ndarray) -> np.ndarray:
-    """Mean counts (genes,) per bin of an area (height, width) bool."""
-    return counts.weighted(area[None])[0] / max(int(area.sum()), 1)
 
 
 def _spread(tiles: list[Tile], most: int) -> list[Tile]:

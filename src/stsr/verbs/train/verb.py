@@ -179,7 +179,7 @@ def _save_model(job: TrainingJob, state: State, output: Path, provenance: dict |
     batches = (batch.to(job.device) for batch in job.tiles.validation_batches(job.config.batch))
     state.ema.finish(state.ema.completed(batch) for batch in batches)
     # Tiles hold a part of the counts; without spots, a prediction has the depth of the whole sections.
-    state.ema.reference.div_(job.tiles.depth)
+    state.ema.reference.div_(torch.from_numpy(job.tiles.depth).to(state.ema.reference.device))
     record = {
         "sections": job.settings["sections"],
         "regions": job.settings["regions"],
