@@ -25,17 +25,17 @@ from stsr.store.section import open_section
 
 BLURS_UM = (0.0, 20.0, 50.0)
 
-RAW = {"spots": "raw", "consistency": "none"}
-DENOISED = {"spots": "denoised", "consistency": "none"}
+RAW = {"spots": "raw", "consistency": "none", "adapt": "off"}
+DENOISED = {"spots": "denoised", "consistency": "none", "adapt": "off"}
 RUNS: dict[str, dict] = {
     "bilinear": {"method": "bilinear", **RAW},
     "bilinear, denoised spots": {"method": "bilinear", **DENOISED},
     "kriged, denoised spots": {"method": "kriged", **DENOISED},
     "bicubic + exact consistency": {"method": "bicubic", "spots": "raw", "consistency": "exact"},
     "model, raw spots": RAW,
-    "model, raw spots, exact": {"spots": "raw", "consistency": "exact"},
+    "model, raw spots, exact": RAW | {"consistency": "exact"},
     "model, denoised spots": DENOISED,
-    "model, denoised spots, adding up to them": {"spots": "denoised", "consistency": "denoised"},
+    "model, denoised spots, adding up to them": DENOISED | {"consistency": "denoised"},
     "model adapted to the slide, denoised spots": DENOISED | {"adapt": "auto"},
     "model, no spots": {"use_lr": False},
 }

@@ -168,7 +168,7 @@ class Bench:
             if (
                 organs == "breast"
             ):  # nothing of the breast is left to validate on, and the last weights are kept anyway
-                regions = {name: {**own, "validation": []} for name, own in regions.items()}
+                regions = {name: {"exclude": own["exclude"]} for name, own in regions.items()}
             stsr.train(
                 sections,
                 model,
@@ -225,7 +225,7 @@ class Bench:
             overwrite=True,
             progress=lambda done, total, text: print(text, done, total, file=sys.stderr),
             report=lambda text: print(text, file=sys.stderr),
-            **{"spots": "raw"} | options,
+            **{"spots": "raw", "adapt": "off"} | options,
         )
         found = open_section(store).map(made.element).read(self.genes, window=self.area).astype(float)
         self._add(label, seed, found)

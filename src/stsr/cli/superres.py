@@ -107,7 +107,7 @@ def superres(
     spots: SpotCounts = "auto",
     consistency: Consistency = "auto",
     base: Base = "auto",
-    adapt: Adapt = "off",
+    adapt: Adapt = "auto",
     adapt_minutes: AdaptMinutes = 10.0,
     save_model: SaveModel = None,
     region: options.RegionOfInterest = None,

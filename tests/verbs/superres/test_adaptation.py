@@ -61,7 +61,9 @@ def _maker(section):
         "base": "auto",
     }
     options |= dict.fromkeys(("samples", "region", "name"))
-    return lambda loaded, kept: make_job(section, loaded, kept=kept, **options)
+    return lambda loaded, kept, genes=GENES: make_job(
+        section, loaded, kept=kept, **options | {"genes": genes}
+    )
 
 
 def _loaded(section, model):
@@ -72,7 +74,9 @@ def _adapt(section, model, **options):
     usual = {"steps": None, "minutes": 10, "seed": 0, "progress": silent}
     with interruptible() as interruption:
         loaded = _loaded(section, model)
-        return loaded, adapt(loaded, _maker(section), **usual | options, interruption=interruption)
+        return loaded, adapt(
+            loaded, _maker(section), section.spots, **usual | options, interruption=interruption
+        )
 
 
 def _weights(loaded):
@@ -180,8 +184,8 @@ def test_time_is_limited(section, model):
 def test_superres_adapts_and_keeps_the_model(visium_section, fresh_copy, model, tmp_path):
     store, kept = fresh_copy(visium_section), tmp_path / "kept.safetensors"
     made = superres(store, model=model, genes=GENES, adapt="auto", save_model=kept, name="adapted")
-    plain = superres(store, model=model, genes=GENES, name="plain")
-    again = superres(store, model=kept, genes=GENES, name="again")
+    plain = superres(store, model=model, genes=GENES, adapt="off", name="plain")
+    again = superres(store, model=kept, genes=GENES, adapt="off", name="again")
     section = open_section(store)
     maps = {each.element: section.map(each.element).read(GENES) for each in (made, plain, again)}
     assert section.provenance["adapted"]["adaptation"]["kept"] == "adapted"
@@ -189,6 +193,29 @@ def test_superres_adapts_and_keeps_the_model(visium_section, fresh_copy, model, 
     np.testing.assert_allclose(maps["again"], maps["adapted"], rtol=1e-5, atol=1e-7)
     assert np.abs(maps["plain"] - maps["adapted"]).max() > 1e-3 * maps["plain"].max()
     assert checkpoint.describe(kept)["provenance"]["trained_on"] == section.name
+
+
+def test_a_gene_has_the_same_map_whatever_else_is_asked_for(visium_section, fresh_copy, model):
+    store = fresh_copy(visium_section)
+    superres(store, model=model, genes=["LUM"], adapt="auto", name="alone")
+    superres(store, model=model, genes=GENES, adapt="auto", name="together")
+    section = open_section(store)
+    alone, together = (section.map(name).read(["LUM"]) for name in ("alone", "together"))
+    np.testing.assert_allclose(alone, together, rtol=1e-5, atol=1e-7)
+
+
+def test_genes_to_compare_models_by(section, monkeypatch):
+    spots = section.spots
+    totals = dict(zip(spots.genes, spots.counts.sum(0).A1, strict=True))
+    monkeypatch.setattr(adaptation, "SCORED_GENES", 3)
+    monkeypatch.setattr(adaptation, "FRESH_GENES", 5)
+    monkeypatch.setattr(adaptation, "LEAST_KNOWN_GENES", 3)
+    most = sorted(spots.genes, key=lambda gene: -totals[gene])
+    scored, fresh = adaptation._genes(spots, tuple(most[3:7]))
+    assert set(scored) == set(most[3:6])  # of the panel, those with the most counts
+    assert set(fresh) == {*most[3:7], most[0]}
+    scored, fresh = adaptation._genes(spots, tuple(most[5:7]))
+    assert set(scored) == set(most[:3]) and set(fresh) == {*most[5:7], *most[:3]}
 
 
 def test_auto_leaves_sums_alone(xenium_section, fresh_copy, model):
@@ -209,6 +236,8 @@ def test_what_cannot_be_adapted_is_refused(visium_section, fresh_copy, model, mo
         superres(store, method="bilinear", genes=GENES, adapt=10)
     with pytest.raises(UsageError, match="add --adapt auto"):
         superres(store, model=model, genes=GENES, save_model="x.safetensors")
+    with pytest.raises(UsageError, match="there are none"):
+        superres(store, model=model, genes=GENES, adapt=10, use_lr=False)
     monkeypatch.setattr(own_spots, "LEAST_SPOTS", 10_000)
     with pytest.raises(UsageError, match="at least 10000 spots"):
         superres(store, model=model, genes=GENES, adapt=10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +17,13 @@ from stsr.methods.method import channels_last
 from stsr.methods.regression import RegressionConfig, UNetRegression
 from stsr.progress import Progress
 from stsr.signals import Interruption
+from stsr.store.parts import Spots
 from stsr.verbs.superres.job import SuperresJob
 from stsr.verbs.superres.loading import Loaded, of_views
 from stsr.verbs.superres.own_spots import LEAST_SPOTS, Candidate, Schedule, Slide, Training
 from stsr.verbs.superres.spots import with_denoised
 
-Make = Callable[[Loaded, np.ndarray | None], SuperresJob]
+Make = Callable[[Loaded, np.ndarray | None, Sequence[str]], SuperresJob]
 
 OFF, AUTO = "off", "auto"
 
@@ -31,6 +32,9 @@ FRESH = Schedule(steps=300, tiles=8, learning_rate=1e-3, check_every=50)
 
 LEAST_SPOTS_FRESH = 600
 """Fewer spots cannot teach a model from nothing."""
+
+SCORED_GENES, LEAST_KNOWN_GENES = 200, 50
+"""Genes with the most counts, by which models are compared: those of the given model, if it has enough of them."""
 
 FRESH_GENES = 300
 """Most genes of a model that is trained from nothing."""
@@ -79,6 +83,7 @@ def adaptable(job: SuperresJob) -> bool:
 def adapt(
     loaded: Loaded,
     make: Make,
+    spots: Spots | None,
     *,
     steps: int | None,
     minutes: float,
@@ -93,7 +98,10 @@ def adapt(
     loaded
         The given method.
     make
-        ``make(loaded, kept)`` gives the job of a method that uses only some spots, by index, or all if None.
+        ``make(loaded, kept, genes)`` gives the job of a method for some genes that uses only some spots, by index, or
+        all if None.
+    spots
+        Measured spots of the section.
     steps
         Steps of adapting the given model; None for the default number, and a model from nothing beside it.
     minutes
@@ -113,18 +121,24 @@ def adapt(
         raise UsageError(
             f"{loaded.name} cannot be adapted to a slide; leave out --adapt, or use unet or corrdiff"
         )
+    if spots is None:
+        raise UsageError("adaptation needs measured spots, and there are none; leave out --adapt")
     deadline = time.monotonic() + 60 * minutes
     given = of_views(loaded, 1)
-    slide = Slide.of(make(given, None), seed)
-    job = with_denoised(make(given, slide.kept), progress)
+    scored, fresh_panel = _genes(spots, method.panel)
+    slide = Slide.of(make(given, None, scored), seed)
+    # Denoised for both models at once.
+    job = with_denoised(make(given, slide.kept, [*scored, *fresh_panel]), progress)
+    counts = job.counts
+    job = replace(make(given, slide.kept, scored), counts=counts)
     before = Candidate("unadapted", loaded, slide.loss(job), 0)
     found = [before]
     tuned = replace(given, method=copy.deepcopy(given.method))
     schedule = TUNE if steps is None else replace(TUNE, steps=steps)
     runs = [("adapted", replace(job, loaded=tuned), schedule)]
     if steps is None and len(slide.kept) >= LEAST_SPOTS_FRESH:
-        fresh = make(_fresh(given, job, seed), slide.kept)
-        runs.append(("trained on this slide alone", replace(fresh, counts=job.counts), FRESH))
+        fresh = make(_fresh(given, job, fresh_panel, seed), slide.kept, scored)
+        runs.append(("trained on this slide alone", replace(fresh, counts=counts), FRESH))
     for name, start, how in runs:
         found.append(Training(start, slide, how, seed).run(name, deadline, progress, interruption))
     best = min(found, key=lambda candidate: candidate.loss)
@@ -141,22 +155,37 @@ def adapt(
         if best is not before
         else f"the model was not adapted: {len(slide.reserved)} reserved spots are predicted best without"
     )
+    if loaded.method.samples and not best.loaded.method.samples:
+        note += "; it does not sample, so no spread is written"
     kept = loaded if best is before else of_views(best.loaded, method.config.views)
     return Adapted(kept, record, note)
 
 
-def _fresh(given: Loaded, job: SuperresJob, seed: int) -> Loaded:
-    """A U-Net with new weights for the job's genes, reading what the image resolves."""
+def _genes(spots: Spots, panel: tuple[str, ...]) -> tuple[list[str], tuple[str, ...]]:
+    """The genes by which models are compared, and the panel of a model from nothing.
+
+    They do not depend on the genes that are asked for, so a gene's map does not either.
+    """
+    totals = np.asarray(spots.counts.sum(0)).ravel()
+    known = np.isin(np.array(spots.genes, str), np.array(panel, str)) & (totals > 0)
+    order = np.argsort(-totals, kind="stable")[: int((totals > 0).sum())]
+    own = order[known[order]]
+    scored = (own if len(own) >= LEAST_KNOWN_GENES else order)[:SCORED_GENES]
+    fresh = list(dict.fromkeys([*own[:FRESH_GENES].tolist(), *order.tolist()]))[:FRESH_GENES]
+    return [spots.genes[index] for index in np.sort(scored)], tuple(
+        spots.genes[index] for index in sorted(fresh)
+    )
+
+
+def _fresh(given: Loaded, job: SuperresJob, panel: tuple[str, ...], seed: int) -> Loaded:
+    """A U-Net with new weights, reading what the image resolves."""
     assert job.counts is not None and job.measurement is not None
-    spots = job.counts.spots
-    totals = np.asarray(spots.select(job.genes).sum(0)).ravel()
-    order = np.argsort(-totals, kind="stable")[:FRESH_GENES]
-    panel = tuple(job.genes[index] for index in np.sort(order) if totals[index] > 0)
+    spots, needs = job.counts.spots, given.method.requirements
     image = job.section.image
     assert image is not None
-    image_um = next((um for um in (2.0, 4.0) if image.um_per_px <= 1.25 * um), 10.0)
+    image_um = next((um for um in (2.0, 4.0) if image.um_per_px <= 1.25 * um), needs.bin_um)
     torch.manual_seed(seed)
-    lr, mask = job.measurement.raster(spots.select(panel)[job.spots], given.method.requirements.lr_um)
-    config = RegressionConfig(image_um=image_um, views=1)
+    lr, mask = job.measurement.raster(spots.select(panel)[job.spots], needs.lr_um)
+    config = RegressionConfig(bin_um=needs.bin_um, image_um=image_um, views=1)
     method = channels_last(UNetRegression(config, panel, lr_mean(lr, mask)).to(given.device)).eval()
     return replace(given, method=method, name="unet", model="this slide", digest=None, features={})

@@ -38,9 +38,6 @@ HIDDEN_WEIGHT = 3.0
 LEAST_SPOTS = 60
 """Fewer spots cannot show whether an adapted model is better."""
 
-SCORED_GENES = 200
-"""Genes with the most counts, by which models are compared."""
-
 _REALISATIONS = 8  # random choices of visible spots, each rasterised once
 _MOST_CONSIDERED = 2000  # spots from which those to reserve are drawn, for bounded time
 _TILE_LR = 6  # side of a training tile
@@ -90,14 +87,11 @@ class Slide:
         Indices of the section's spots.
     tiles
         Tiles in which reserved spots are predicted.
-    scored
-        Which of the job's genes are scored.
     """
 
     kept: np.ndarray
     reserved: np.ndarray
     tiles: list[Tile]
-    scored: np.ndarray
 
     @classmethod
     def of(cls, everything: SuperresJob, seed: int) -> Slide:
@@ -129,16 +123,10 @@ class Slide:
         count = max(1, round(RESERVED * len(considered)))
         reserved = np.sort(rng.choice(np.array(considered), count, replace=False))
         kept = np.setdiff1d(np.arange(len(seeing)), reserved)
-        assert everything.counts is not None
-        totals = np.asarray(everything.counts.spots.select(everything.genes).sum(0)).ravel()
-        scored = np.sort(np.argsort(-totals, kind="stable")[:SCORED_GENES])
-        return cls(seeing[kept], seeing[reserved], used, scored)
+        return cls(seeing[kept], seeing[reserved], used)
 
     def loss(self, job: SuperresJob) -> float:
-        """Poisson loss per count of the reserved spots, predicted from the spots that the job uses."""
-        job = replace(
-            job, genes=[job.genes[index] for index in self.scored], mixtures=job.mixtures[self.scored]
-        )
+        """Poisson loss per count of the job's genes in the reserved spots, predicted from the job's spots."""
         spots = job.section.spots
         assert spots is not None and job.counts is not None
         over = spots.take(self.reserved).measurement(job.grid)

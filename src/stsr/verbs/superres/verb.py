@@ -75,7 +75,7 @@ def superres(
     name: str | None = None,
     output: str | Path | None = None,
     features: str | Path | None = None,
-    adapt: str | int = "off",
+    adapt: str | int = "auto",
     adapt_minutes: float = 10.0,
     save_model: str | Path | None = None,
     seed: int = 0,
@@ -131,8 +131,8 @@ def superres(
         section's cached ones. They are computed once and cached in the section.
     adapt
         ``auto`` or a number of steps: train the model on the slide's own spots first, and keep it if it predicts
-        reserved spots better (`stsr.verbs.superres.adaptation`); ``auto`` also trains one from nothing where there are
-        enough spots. ``off`` uses the model as it is.
+        reserved spots better (`stsr.verbs.superres.adaptation`). ``auto`` does so where enough spots were measured, and
+        trains a model from nothing beside it if there are many. ``off`` uses the model as it is.
     adapt_minutes
         Adaptation begins no new step after this time.
     save_model
@@ -166,12 +166,14 @@ def superres(
     if save_model is not None and wished == OFF:
         raise UsageError("--save-model keeps an adapted model; add --adapt auto")
 
-    def make(method: Loaded, kept: np.ndarray | None = None) -> SuperresJob:
+    def make(
+        method: Loaded, kept: np.ndarray | None = None, chosen: Sequence[str] | None = None
+    ) -> SuperresJob:
         return make_job(
             section,
             method,
             scale=scale,
-            genes=genes,
+            genes=chosen or genes,
             samples=samples if method is loaded or method.method.samples else None,
             use_lr=use_lr,
             spots=spots,
@@ -193,7 +195,8 @@ def superres(
         with interruptible() as interruption:
             found = adapt_model(
                 loaded,
-                lambda method, kept: replace(make(method, kept), features=job.features),
+                lambda *asked: replace(make(*asked), features=job.features),
+                section.spots if use_lr else None,
                 steps=steps,
                 minutes=adapt_minutes,
                 seed=seed,

@@ -136,7 +136,7 @@ class TrainingTiles:
             for section in sections
         ]
         self.gaps_lr = [plan.gap_lr for plan in plans]
-        wanted = val > 0 or any("validation" in own for own in regions.values())
+        wanted = val > 0 or any(own.get("validation") for own in regions.values())
         check_plans(plans, config.train_tile_lr * requirements.lr_um, wanted)
         self._lattices = [
             lattices_of(kind, config.train_tile_lr, requirements.bin_um, requirements.lr_um)
