@@ -234,8 +234,8 @@ def test_what_cannot_be_adapted_is_refused(visium_section, fresh_copy, model, mo
     store = fresh_copy(visium_section)
     with pytest.raises(UsageError, match="cannot be adapted"):
         superres(store, method="bilinear", genes=GENES, adapt=10)
-    with pytest.raises(UsageError, match="add --adapt auto"):
-        superres(store, model=model, genes=GENES, save_model="x.safetensors")
+    with pytest.raises(UsageError, match="no model is adapted"):
+        superres(store, model=model, genes=GENES, adapt="off", save_model="x.safetensors")
     with pytest.raises(UsageError, match="there are none"):
         superres(store, model=model, genes=GENES, adapt=10, use_lr=False)
     monkeypatch.setattr(own_spots, "LEAST_SPOTS", 10_000)

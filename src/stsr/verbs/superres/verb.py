@@ -163,8 +163,6 @@ def superres(
     configure_sampling(loaded.method, steps=steps, sampler=sampler, guidance=guidance)
     report, progress = report or silent, progress or silent
     wished = wanted_adaptation(adapt)
-    if save_model is not None and wished == OFF:
-        raise UsageError("--save-model keeps an adapted model; add --adapt auto")
 
     def make(
         method: Loaded, kept: np.ndarray | None = None, chosen: Sequence[str] | None = None
@@ -190,7 +188,10 @@ def superres(
     for note in job.notes:
         report(note)
     job = with_features(job, features, overwrite=overwrite, progress=progress, report=report)
-    if wished != OFF and (wished != AUTO or adaptable(job)):
+    adapts = wished != OFF and (wished != AUTO or adaptable(job))
+    if save_model is not None and not adapts:
+        raise UsageError("no model is adapted here, so there is none for --save-model to keep; leave it out")
+    if adapts:
         steps = None if wished == AUTO else int(wished)
         with interruptible() as interruption:
             found = adapt_model(
