@@ -339,6 +339,7 @@ def test_info_for_people_and_machines(store):
 def test_superres_prints_the_element_draws_and_refuses_to_replace(store, tmp_path):
     figure = tmp_path / "maps.png"
     arguments = ["superres", store, "--method", "bicubic", "--genes", "GATA3,LUM", "--scale", "5"]
+    arguments += ["--consistency", "exact"]
     out, err = stsr_command(*arguments, "--figure", figure)
     assert out == "superres_x5\n"
     assert "measured counts" in err

@@ -61,9 +61,11 @@ def _maker(section):
         "base": "auto",
     }
     options |= dict.fromkeys(("samples", "region", "name"))
-    return lambda loaded, kept, genes=GENES: make_job(
-        section, loaded, kept=kept, **options | {"genes": genes}
-    )
+
+    def make(loaded, base="auto", kept=None, genes=GENES):
+        return make_job(section, loaded, kept=kept, **options | {"genes": genes, "base": base})
+
+    return make
 
 
 def _loaded(section, model):
@@ -71,7 +73,7 @@ def _loaded(section, model):
 
 
 def _adapt(section, model, **options):
-    usual = {"steps": None, "minutes": 10, "seed": 0, "progress": silent}
+    usual = {"base": "auto", "steps": None, "minutes": 10, "seed": 0, "progress": silent}
     with interruptible() as interruption:
         loaded = _loaded(section, model)
         return loaded, adapt(
@@ -119,7 +121,7 @@ def _trained(section, model, slide, change):
     counts[change] = counts[change][:, ::-1] * 4
     section.__dict__["spots"] = replace(spots, counts=sp.csr_matrix(counts))
     try:
-        job = with_denoised(_maker(section)(_loaded(section, model), slide.kept), silent)
+        job = with_denoised(_maker(section)(_loaded(section, model), kept=slide.kept), silent)
         training = Training(job, slide, SCHEDULE, seed=0)
         optimiser = torch.optim.SGD(training.method.parameters(), lr=0.1)
         for _ in range(3):
@@ -132,7 +134,7 @@ def _trained(section, model, slide, change):
 
 
 def test_reserved_spots_teach_nothing(section, model):
-    slide = Slide.of(_maker(section)(_loaded(section, model), None), seed=0)
+    slide = Slide.of(_maker(section)(_loaded(section, model)), seed=0)
     assert not set(slide.kept) & set(slide.reserved) and len(slide.reserved) > 2
     plain = _trained(section, model, slide, slide.kept[:0])
     assert torch.equal(_trained(section, model, slide, slide.reserved), plain)
@@ -140,8 +142,8 @@ def test_reserved_spots_teach_nothing(section, model):
 
 
 def test_spots_that_the_network_does_not_see_weigh_more(section, model, monkeypatch):
-    slide = Slide.of(_maker(section)(_loaded(section, model), None), seed=0)
-    job = with_denoised(_maker(section)(_loaded(section, model), slide.kept), silent)
+    slide = Slide.of(_maker(section)(_loaded(section, model)), seed=0)
+    job = with_denoised(_maker(section)(_loaded(section, model), kept=slide.kept), silent)
     training = Training(job, slide, SCHEDULE, seed=0)
     shares = [seen.mean() for seen in training.visible]
     assert 0.5 < np.mean(shares) < 0.9
@@ -154,8 +156,8 @@ def test_spots_that_the_network_does_not_see_weigh_more(section, model, monkeypa
 
 def test_the_loss_is_that_of_summed_maps(section, model):
     """Of a map that is the same everywhere, spots hold their area times its value."""
-    slide = Slide.of(_maker(section)(_loaded(section, model), None), seed=0)
-    job = with_denoised(_maker(section)(_loaded(section, model), slide.kept), silent)
+    slide = Slide.of(_maker(section)(_loaded(section, model)), seed=0)
+    job = with_denoised(_maker(section)(_loaded(section, model), kept=slide.kept), silent)
     tile = Tile(0, 0, 40, 40)
     part, rows = own_spots._inside(job.measurement.matrix, job.grid.shape, tile)
     flat = part[rows] @ np.full(tile.height * tile.width, 2.0)
@@ -174,6 +176,29 @@ def test_a_fresh_model_is_tried_where_there_are_enough_spots(section, model, mon
         "trained on this slide alone",
     }
     assert set(found.record["steps"].values()) <= {0, 3, 6}
+
+
+def test_a_model_from_nothing_starts_from_kriged_spots(visium_section, fresh_copy, model, monkeypatch):
+    monkeypatch.setattr(adaptation, "LEAST_SPOTS_FRESH", 20)
+    monkeypatch.setattr(adaptation, "FRESH", replace(SCHEDULE, learning_rate=1e-3))
+    monkeypatch.setattr(adaptation, "TUNE", replace(SCHEDULE, learning_rate=30.0))  # spoils the given model
+    unadapted = Slide.loss
+
+    def worse(self, job):
+        return unadapted(self, job) + 1e6 * (job.loaded.model != "this slide")
+
+    monkeypatch.setattr(Slide, "loss", worse)
+    store = fresh_copy(visium_section)
+    superres(store, model=model, genes=GENES, name="alone")
+    superres(store, model=model, genes=GENES, base="raster", name="raster")
+    made = open_section(store).provenance
+    assert made["alone"]["adaptation"]["kept"] == "trained on this slide alone"
+    assert (made["alone"]["base"], made["alone"]["method"], made["alone"]["model"]) == (
+        "kriged",
+        "unet",
+        "this slide",
+    )
+    assert made["raster"]["base"] == "raster"
 
 
 def test_time_is_limited(section, model):

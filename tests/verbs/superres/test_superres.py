@@ -140,7 +140,7 @@ def whole_spots(section, grid):
 @pytest.mark.parametrize("kind", ["xenium", "visium"])
 def test_maps_add_up_to_the_spots(store, any_model, kind):
     path = store(kind)
-    result = superres(path, model=any_model, genes=GENES)
+    result = superres(path, model=any_model, genes=GENES, consistency="exact")
     section = open_section(path)
     maps, spots = section.map("superres_x10"), section.spots
     assert maps.genes == GENES and maps.grid == section.grid(10)
@@ -230,7 +230,7 @@ def test_a_region_of_a_baseline_is_the_crop_of_the_whole(store, legacy, tmp_path
 
 
 @pytest.mark.parametrize(
-    "options", [{"consistency": False}, {"use_lr": False, "genes": GENES[:4]}, {"scale": 2, "samples": 1}]
+    "options", [{"consistency": "none"}, {"use_lr": False, "genes": GENES[:4]}, {"scale": 2, "samples": 1}]
 )
 def test_a_region_is_the_crop_whatever_the_options(store, model, options):
     """At 2x bins are so large that spots share them."""
@@ -261,7 +261,7 @@ def test_maps_are_zero_where_there_is_no_image(legacy, model, tmp_path):
     import spatialdata
 
     path = shutil.copytree(legacy, tmp_path / "section.zarr")
-    result = superres(path, model=model, genes=GENES, samples=2)
+    result = superres(path, model=model, genes=GENES, samples=2, consistency="exact")
     section = open_section(path)
     maps = section.map(result.element)
     support = section.support(maps.grid)
@@ -297,7 +297,7 @@ def test_support_is_published_once_and_stays(legacy, tmp_path):
 
 def test_without_spots_the_counts_do_not_matter(store, any_model, monkeypatch):
     path = store()
-    options = {"model": any_model, "genes": ["GATA3"], "samples": 1, "consistency": False}
+    options = {"model": any_model, "genes": ["GATA3"], "samples": 1, "consistency": "none"}
     result = superres(path, use_lr=False, name="blind", **options)
     superres(path, name="seeing", **options)
     spots = open_section(path).spots
@@ -368,7 +368,7 @@ def test_a_gene_outside_the_panel_is_mapped_like_the_gene_with_its_spots(store, 
 
 def test_baselines_need_no_model(store):
     path = store()
-    result = superres(path, method="bicubic", genes=["all"])
+    result = superres(path, method="bicubic", genes=["all"], consistency="exact")
     assert result.spread is None and result.consistency_error < 1e-3
     superres(path, method="bicubic", genes=["LUM"], consistency="none", name="loose")
     section = open_section(path)
@@ -382,7 +382,7 @@ def test_baselines_need_no_model(store):
 def test_a_section_smaller_than_a_tile(tmp_path, model):
     write_visium(simulate_tissue(260, 230, seed=1), tmp_path / "small")
     path = prepare(tmp_path / "small", tmp_path / "small.zarr")
-    assert superres(path, model=model, genes=["LUM"]).consistency_error < 1e-3
+    assert superres(path, model=model, genes=["LUM"], consistency="exact").consistency_error < 1e-3
 
 
 def test_a_store_by_spatialdata_io(visium_folder, prepared, model, tmp_path):
@@ -452,7 +452,7 @@ def test_a_section_without_image(store, model):
     sdata.delete_element_from_disk("he")
     with pytest.raises(StsrError, match="no H&E image"):
         superres(path, model=model, genes=["LUM"])
-    assert superres(path, method="bilinear", genes=["LUM"]).consistency_error < 1e-3
+    assert superres(path, method="bilinear", genes=["LUM"], consistency="exact").consistency_error < 1e-3
 
 
 def test_output_leaves_the_section_alone(store, model, tmp_path):
@@ -466,6 +466,7 @@ def test_an_interrupted_run_goes_on_at_the_same_band(store, model, monkeypatch):
     calm, path = store(name="calm.zarr"), store()
     monkeypatch.setattr(loop, "MEMORY_BYTES", 1)
     options = {"model": model, "genes": open_section(path).spots.genes[:40], "samples": 2, "steps": 1}
+    options["consistency"] = "exact"
     predicted, corrected = [], []
     tile, apply = predict.Predictor.tile, Correction.apply
 

@@ -21,11 +21,12 @@ from stsr.store.parts import Spots
 from stsr.verbs.superres.job import SuperresJob
 from stsr.verbs.superres.loading import Loaded, of_views
 from stsr.verbs.superres.own_spots import LEAST_SPOTS, Candidate, Schedule, Slide, Training
-from stsr.verbs.superres.spots import with_denoised
+from stsr.verbs.superres.spots import AUTO, KRIGED, SpotCounts, with_denoised
 
-Make = Callable[[Loaded, np.ndarray | None, Sequence[str]], SuperresJob]
+Make = Callable[[Loaded, str, np.ndarray | None, Sequence[str]], SuperresJob]
 
-OFF, AUTO = "off", "auto"
+OFF = "off"
+ALONE = "trained on this slide alone"
 
 TUNE = Schedule(steps=75, tiles=2, learning_rate=2e-4, check_every=25)
 FRESH = Schedule(steps=300, tiles=8, learning_rate=1e-3, check_every=50)
@@ -52,11 +53,14 @@ class Adapted:
         For the provenance, JSON-able.
     note
         For the user.
+    base
+        What the method starts from between spots, as ``base`` of `stsr.superres`.
     """
 
     loaded: Loaded
     record: dict[str, Any]
     note: str
+    base: str
 
 
 def wanted_adaptation(value: str | int) -> str | int:
@@ -85,6 +89,7 @@ def adapt(
     make: Make,
     spots: Spots | None,
     *,
+    base: str,
     steps: int | None,
     minutes: float,
     seed: int,
@@ -98,10 +103,12 @@ def adapt(
     loaded
         The given method.
     make
-        ``make(loaded, kept, genes)`` gives the job of a method for some genes that uses only some spots, by index, or
-        all if None.
+        ``make(loaded, base, kept, genes)`` gives the job of a method that starts from this base, for some genes, and
+        uses only some spots, by index, or all if None.
     spots
         Measured spots of the section.
+    base
+        As ``base`` of `stsr.superres`; ``auto`` is kriged for a model from nothing.
     steps
         Steps of adapting the given model; None for the default number, and a model from nothing beside it.
     minutes
@@ -126,19 +133,19 @@ def adapt(
     deadline = time.monotonic() + 60 * minutes
     given = of_views(loaded, 1)
     scored, fresh_panel = _genes(spots, method.panel)
-    slide = Slide.of(make(given, None, scored), seed)
+    slide = Slide.of(make(given, base, None, scored), seed)
+    fresh_base = KRIGED if base == AUTO else base
     # Denoised for both models at once.
-    job = with_denoised(make(given, slide.kept, [*scored, *fresh_panel]), progress)
-    counts = job.counts
-    job = replace(make(given, slide.kept, scored), counts=counts)
+    every = with_denoised(make(given, fresh_base, slide.kept, [*scored, *fresh_panel]), progress).counts
+    job = _sharing(make(given, base, slide.kept, scored), every)
     before = Candidate("unadapted", loaded, slide.loss(job), 0)
     found = [before]
     tuned = replace(given, method=copy.deepcopy(given.method))
     schedule = TUNE if steps is None else replace(TUNE, steps=steps)
     runs = [("adapted", replace(job, loaded=tuned), schedule)]
     if steps is None and len(slide.kept) >= LEAST_SPOTS_FRESH:
-        fresh = make(_fresh(given, job, fresh_panel, seed), slide.kept, scored)
-        runs.append(("trained on this slide alone", replace(fresh, counts=counts), FRESH))
+        fresh = make(_fresh(given, job, fresh_panel, seed), fresh_base, slide.kept, scored)
+        runs.append((ALONE, _sharing(fresh, every), FRESH))
     for name, start, how in runs:
         found.append(Training(start, slide, how, seed).run(name, deadline, progress, interruption))
     best = min(found, key=lambda candidate: candidate.loss)
@@ -158,7 +165,13 @@ def adapt(
     if loaded.method.samples and not best.loaded.method.samples:
         note += "; it does not sample, so no spread is written"
     kept = loaded if best is before else of_views(best.loaded, method.config.views)
-    return Adapted(kept, record, note)
+    return Adapted(kept, record, note, fresh_base if best.name == ALONE else base)
+
+
+def _sharing(job: SuperresJob, fitted: SpotCounts | None) -> SuperresJob:
+    """With the expected counts and the covariance of kriging that another job has fitted to the same spots."""
+    assert job.counts is not None and fitted is not None
+    return replace(job, counts=replace(job.counts, denoised=fitted.denoised, kriging=fitted.kriging))
 
 
 def _genes(spots: Spots, panel: tuple[str, ...]) -> tuple[list[str], tuple[str, ...]]:

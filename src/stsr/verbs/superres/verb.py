@@ -21,13 +21,13 @@ from stsr.signals import Interrupted, interruptible
 from stsr.store import catalogue
 from stsr.store.section import Section, open_section
 from stsr.store.workspace import Workspace
-from stsr.verbs.superres.adaptation import AUTO, OFF, adaptable, wanted_adaptation
+from stsr.verbs.superres.adaptation import OFF, adaptable, wanted_adaptation
 from stsr.verbs.superres.adaptation import adapt as adapt_model
 from stsr.verbs.superres.features import with_features
 from stsr.verbs.superres.job import SuperresJob, check_included, make_job, notes_on_result
 from stsr.verbs.superres.loading import Loaded, configure_sampling, load
 from stsr.verbs.superres.loop import write_maps
-from stsr.verbs.superres.spots import with_denoised
+from stsr.verbs.superres.spots import AUTO, with_denoised
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def superres(
         denoised, unless the spots were simulated as sums of all counts.
     base
         What methods start from between spots: ``raster``, linear interpolation; or ``kriged`` log densities
-        (`stsr.spots.kriging`). ``auto``: the raster, which models are trained with.
+        (`stsr.spots.kriging`). ``auto``: the raster, which models are trained with; kriged for a model that is trained
+        on this slide alone.
     consistency
         What maps are made to add up to: ``exact``, the measured counts of the spots; ``denoised``, their expected
         counts; ``none``. ``auto``: exact for spots that were simulated as sums, else none, because a map that agrees
@@ -165,7 +166,10 @@ def superres(
     wished = wanted_adaptation(adapt)
 
     def make(
-        method: Loaded, kept: np.ndarray | None = None, chosen: Sequence[str] | None = None
+        method: Loaded,
+        start: str = base,
+        kept: np.ndarray | None = None,
+        chosen: Sequence[str] | None = None,
     ) -> SuperresJob:
         return make_job(
             section,
@@ -176,7 +180,7 @@ def superres(
             use_lr=use_lr,
             spots=spots,
             consistency=consistency,
-            base=base,
+            base=start,
             region=region,
             name=name,
             seed=seed,
@@ -198,6 +202,7 @@ def superres(
                 loaded,
                 lambda *asked: replace(make(*asked), features=job.features),
                 section.spots if use_lr else None,
+                base=base,
                 steps=steps,
                 minutes=adapt_minutes,
                 seed=seed,
@@ -205,7 +210,7 @@ def superres(
                 interruption=interruption,
             )
         report(found.note)
-        job = replace(make(found.loaded), features=job.features)
+        job = replace(make(found.loaded, found.base), features=job.features)
         job = replace(job, provenance={**job.provenance, "adaptation": found.record})
         if save_model is not None:
             _save(found.loaded, save_model, job)
