@@ -249,6 +249,15 @@ def test_auto_leaves_sums_alone(xenium_section, fresh_copy, model):
     assert "adaptation" not in open_section(store).provenance["s"]
 
 
+def test_auto_leaves_bins_and_few_spots_alone(section, model, monkeypatch):
+    job = _maker(section)(_loaded(section, model))
+    assert adaptation.adaptable(job)
+    bins = replace(job.counts, spots=replace(job.counts.spots, size_um=16.0))
+    assert not adaptation.adaptable(replace(job, counts=bins))
+    monkeypatch.setattr(adaptation, "LEAST_SPOTS", 10_000)
+    assert not adaptation.adaptable(job)
+
+
 @pytest.mark.parametrize("wrong", ["yes", "-3", "0", "1.5"])
 def test_bad_values(wrong):
     with pytest.raises(UsageError, match="off, auto or a number"):

@@ -37,6 +37,9 @@ LEAST_SPOTS_FRESH = 600
 SCORED_GENES, LEAST_KNOWN_GENES = 200, 50
 """Genes with the most counts, by which models are compared: those of the given model, if it has enough of them."""
 
+SMALLEST_SPOT_UM = 30.0
+"""Smaller spots are bins, to which ``auto`` does not adapt."""
+
 FRESH_GENES = 300
 """Most genes of a model that is trained from nothing."""
 
@@ -79,9 +82,14 @@ def wanted_adaptation(value: str | int) -> str | int:
 
 
 def adaptable(job: SuperresJob) -> bool:
-    """Whether ``auto`` adapts: a model that can be, and enough spots that carry noise of their own."""
-    enough = job.measurement is not None and job.measurement.spots >= LEAST_SPOTS
-    return isinstance(job.loaded.method, UNetRegression) and enough and not job.section.spots_are_sums
+    """Whether ``auto`` adapts: a model that can be, and enough spots that carry noise of their own.
+
+    Bins of Visium HD hold too few counts each; adaptation to them was not tried.
+    """
+    if job.counts is None or job.measurement is None or job.section.spots_are_sums:
+        return False
+    large = job.counts.spots.size_um >= SMALLEST_SPOT_UM
+    return isinstance(job.loaded.method, UNetRegression) and large and job.measurement.spots >= LEAST_SPOTS
 
 
 def adapt(
