@@ -241,6 +241,9 @@ def test_genes_to_compare_models_by(section, monkeypatch):
     assert set(fresh) == {*most[3:7], most[0]}
     scored, fresh = adaptation._genes(spots, tuple(most[5:7]))
     assert set(scored) == set(most[:3]) and set(fresh) == {*most[5:7], *most[:3]}
+    renamed = replace(spots, genes=[{most[0]: "MT-ND1"}.get(gene, gene) for gene in spots.genes])
+    scored, fresh = adaptation._genes(renamed, ())
+    assert set(scored) == set(most[1:4]) and set(fresh) == set(most[1:6])
 
 
 def test_auto_leaves_sums_alone(xenium_section, fresh_copy, model):

@@ -34,7 +34,7 @@ def test_scales_of_bins_of_8_um():
 def test_maps_in_bins_of_8_um_lie_on_the_measured_ones(square, tmp_path):
     store = prepare(square, tmp_path / "s.zarr", bin_um=8, spots="square", refine=False)
     genes = open_section(store).hr.genes[:3]
-    done = superres(store, method="bicubic", scale=12.5, genes=genes)
+    done = superres(store, method="bicubic", scale=12.5, genes=genes, consistency="exact")
     section = open_section(store)
     maps = section.map(done.element)
     assert done.element == "superres_x12.5" and maps.grid == section.hr.grid
@@ -78,7 +78,7 @@ def test_a_model_of_bins_of_8_um_is_trained_and_used(square, tmp_path):
 def test_own_bins_are_spots_that_maps_add_up_to(square, tmp_path):
     store = prepare(square, tmp_path / "s.zarr", spots="bins", refine=False)
     genes = open_section(store).hr.genes[:4]
-    done = superres(store, method="bicubic", genes=genes)
+    done = superres(store, method="bicubic", genes=genes, consistency="exact")
     section = open_section(store)
     maps = section.map(done.element).read()
     measured = section.spots.select(genes).toarray()

@@ -40,7 +40,7 @@ SCORED_GENES, LEAST_KNOWN_GENES = 200, 50
 SMALLEST_SPOT_UM = 30.0
 """Smaller spots are bins, to which ``auto`` does not adapt."""
 
-FRESH_GENES = 300
+FRESH_GENES = 200
 """Most genes of a model that is trained from nothing."""
 
 
@@ -188,6 +188,9 @@ def _genes(spots: Spots, panel: tuple[str, ...]) -> tuple[list[str], tuple[str, 
     They do not depend on the genes that are asked for, so a gene's map does not either.
     """
     totals = np.asarray(spots.counts.sum(0)).ravel()
+    # Mitochondrial genes have so many counts that they would decide alone.
+    nuclear = np.array([not gene.upper().startswith("MT-") for gene in spots.genes])
+    totals = np.where(nuclear, totals, 0)
     known = np.isin(np.array(spots.genes, str), np.array(panel, str)) & (totals > 0)
     order = np.argsort(-totals, kind="stable")[: int((totals > 0).sum())]
     own = order[known[order]]
