@@ -86,13 +86,12 @@ def _show(console: Console, result: Evaluation) -> None:
                 row["way"],
                 f"{row['pcc']:.3f}",
                 f"{row['pcc_gain']:+.3f} ({row['pcc_gain_low']:+.3f}, {row['pcc_gain_high']:+.3f})",
-                f"{row['deviance_explained']:.3f}",
                 f"{row['slope']:.2f}",
             ]
             for _, row in part.iterrows()
         ]
         console.table(
-            ["way", "PCC", "gain (95 %)", "dev.", "slope"],
+            ["way", "PCC", "gain (95 %)", "slope"],
             rows,
             title=f"{kind}: {result.spots:,} hidden spots, {result.genes:,} genes; gain over kriged spots",
         )

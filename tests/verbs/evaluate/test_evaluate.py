@@ -125,7 +125,7 @@ def test_a_section_without_image_compares_interpolations(visium_section, fresh_c
     store = fresh_copy(visium_section)
     section = open_section(store)
     result = stsr.evaluate(store, image=False, genes=GENES, folds=2)
-    assert set(result.ways["way"]) == {"bilinear, raw spots", BILINEAR, KRIGED}
+    assert set(result.ways["way"]) == {"bilinear, raw", BILINEAR, KRIGED}
     assert "H&E" not in result.verdict and section.image is not None
 
 

@@ -233,17 +233,17 @@ def test_genes_to_compare_models_by(section, monkeypatch):
     spots = section.spots
     totals = dict(zip(spots.genes, spots.counts.sum(0).A1, strict=True))
     monkeypatch.setattr(adaptation, "SCORED_GENES", 3)
-    monkeypatch.setattr(adaptation, "FRESH_GENES", 5)
+    monkeypatch.setattr(adaptation, "FRESH_GENES", 6)
     monkeypatch.setattr(adaptation, "LEAST_KNOWN_GENES", 3)
     most = sorted(spots.genes, key=lambda gene: -totals[gene])
     scored, fresh = adaptation._genes(spots, tuple(most[3:7]))
     assert set(scored) == set(most[3:6])  # of the panel, those with the most counts
-    assert set(fresh) == {*most[3:7], most[0]}
+    assert set(fresh) == set(most[:6])
     scored, fresh = adaptation._genes(spots, tuple(most[5:7]))
-    assert set(scored) == set(most[:3]) and set(fresh) == {*most[5:7], *most[:3]}
+    assert set(scored) == set(most[:3]) and set(fresh) == {*most[:4], *most[5:7]}
     renamed = replace(spots, genes=[{most[0]: "MT-ND1"}.get(gene, gene) for gene in spots.genes])
     scored, fresh = adaptation._genes(renamed, ())
-    assert set(scored) == set(most[1:4]) and set(fresh) == set(most[1:6])
+    assert set(scored) == set(most[1:4]) and set(fresh) == set(most[1:7])
 
 
 def test_auto_leaves_sums_alone(xenium_section, fresh_copy, model):

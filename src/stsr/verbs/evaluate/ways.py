@@ -39,10 +39,10 @@ class Way:
         return id(self.loaded), self.spots, self.sees_image
 
 
-RAW_BILINEAR = "bilinear, raw spots"
-BILINEAR = "bilinear, denoised spots"
-KRIGED = "kriged, denoised spots"
-MODEL = "model, denoised spots"
+RAW_BILINEAR = "bilinear, raw"
+BILINEAR = "bilinear, denoised"
+KRIGED = "kriged, denoised"
+MODEL = "model, denoised"
 WHITE = f"{MODEL}, no H&E"
 
 
@@ -69,7 +69,7 @@ def ways_of(bilinear: Loaded, kriged: Loaded, model: Loaded | None, model_option
     if model is None:
         return found
     for spots, consistency in ((RAW, NONE), (RAW, EXACT), (DENOISED, NONE), (DENOISED, DENOISED)):
-        label = f"model, {spots} spots" + (", consistent" if consistency != NONE else "")
+        label = f"model, {spots}" + (", consistent" if consistency != NONE else "")
         options = f"{model_options} --spots {spots} --consistency {consistency}".strip()
         found.append(Way(label, model, spots, consistency, options=options))
     return [*found, Way(WHITE, model, DENOISED, NONE, sees_image=False)]

@@ -40,7 +40,7 @@ SCORED_GENES, LEAST_KNOWN_GENES = 200, 50
 SMALLEST_SPOT_UM = 30.0
 """Smaller spots are bins, to which ``auto`` does not adapt."""
 
-FRESH_GENES = 200
+FRESH_GENES = 300
 """Most genes of a model that is trained from nothing."""
 
 
@@ -195,7 +195,8 @@ def _genes(spots: Spots, panel: tuple[str, ...]) -> tuple[list[str], tuple[str, 
     order = np.argsort(-totals, kind="stable")[: int((totals > 0).sum())]
     own = order[known[order]]
     scored = (own if len(own) >= LEAST_KNOWN_GENES else order)[:SCORED_GENES]
-    fresh = list(dict.fromkeys([*own[:FRESH_GENES].tolist(), *order.tolist()]))[:FRESH_GENES]
+    half = FRESH_GENES // 2  # genes with many counts teach most; those of the panel are asked for most
+    fresh = list(dict.fromkeys([*order[:half].tolist(), *own[:half].tolist(), *order.tolist()]))[:FRESH_GENES]
     return [spots.genes[index] for index in np.sort(scored)], tuple(
         spots.genes[index] for index in sorted(fresh)
     )
