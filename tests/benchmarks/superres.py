@@ -39,7 +39,14 @@ def main() -> None:
         before = peak_gb()
         began = time.perf_counter()
         stsr.superres(
-            store, genes=genes, model=asked.model, samples=asked.samples, device=asked.device, report=print
+            store,
+            genes=genes,
+            model=asked.model,
+            samples=asked.samples,
+            device=asked.device,
+            spots="raw",
+            adapt="off",
+            report=print,
         )
         seconds = time.perf_counter() - began
         grid = stsr.open_section(store).map("superres_x10").grid
