@@ -214,6 +214,7 @@ def test_superres_adapts_and_keeps_the_model(visium_section, fresh_copy, model, 
     section = open_section(store)
     maps = {each.element: section.map(each.element).read(GENES) for each in (made, plain, again)}
     assert section.provenance["adapted"]["adaptation"]["kept"] == "adapted"
+    assert any("reserved spots" in note for note in made.notes) and not plain.notes
     assert "adaptation" not in section.provenance["plain"]
     np.testing.assert_allclose(maps["again"], maps["adapted"], rtol=1e-5, atol=1e-7)
     assert np.abs(maps["plain"] - maps["adapted"]).max() > 1e-3 * maps["plain"].max()

@@ -144,6 +144,12 @@ def test_spots_and_truth_share_no_noise():
     assert 0.8 < spread < 1.2  # a half has the noise of its own depth
 
 
+def test_a_section_may_have_no_validation_area():
+    own = FakeSection(lr=(20, 20))
+    tiles = tiles_of([own], NEEDS, val=0, regions={own.name: {"validation": []}})
+    assert tiles.validation_count == 0
+
+
 def test_halves_are_drawn_anew_at_each_step():
     tiles = tiles_of([FakeSection(lr=(3, 3))], NEEDS, val=0, flips=False, stain=0)
     a, b = tiles.batch(1, generator(0)), tiles.batch(1, generator(1))

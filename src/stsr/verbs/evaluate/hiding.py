@@ -52,11 +52,11 @@ class Hiding:
         found: dict[int, np.ndarray] = {}
         for inputs in dict.fromkeys(way.inputs for way in self.ways):
             alike = [number for number, way in enumerate(self.ways) if way.inputs == inputs]
-            jobs = [_with(self._job(self.ways[number], kept), fitted) for number in alike]
+            jobs = [self._job(self.ways[number], kept, fitted) for number in alike]
             found |= dict(zip(alike, self._sums(jobs, hidden), strict=True))
         return [found[number] for number in range(len(self.ways))]
 
-    def _job(self, way: Way, kept: np.ndarray) -> SuperresJob:
+    def _job(self, way: Way, kept: np.ndarray, fitted: SpotCounts | None = None) -> SuperresJob:
         job = make_job(
             self.section,
             way.loaded,
@@ -72,7 +72,9 @@ class Hiding:
             seed=self.seed,
             kept=kept,
         )
-        job = replace(job, sees_image=way.sees_image)
+        assert job.counts is not None  # the section has spots
+        counts = job.counts if fitted is None else job.counts.sharing(fitted)
+        job = replace(job, sees_image=way.sees_image, counts=counts)
         return with_features(job, None, overwrite=False, progress=silent, report=silent)
 
     def _fitted(self, kept: np.ndarray) -> SpotCounts:
@@ -99,12 +101,6 @@ class Hiding:
                 made = _finished(each, maps, genes)
                 values[:, genes] = np.where(off[:, None], np.nan, over.add_up(made))
         return sums
-
-
-def _with(job: SuperresJob, fitted: SpotCounts) -> SuperresJob:
-    assert job.counts is not None
-    counts = replace(job.counts, denoised=fitted.denoised, kriging=fitted.kriging)
-    return replace(job, counts=counts)
 
 
 def _finished(job: SuperresJob, maps: np.ndarray, genes: slice) -> np.ndarray:

@@ -118,20 +118,8 @@ def evaluate(
         BLOCKS: in_blocks(spots.centres_um, spots.pitch_um, folds, seed),
     }
     counts = spots.select(chosen).toarray().astype(float)
-    predicted: dict[str, list[np.ndarray]] = {}
     with interruptible() as interruption:
-        hiding = Hiding(section, chosen, ways, seed, interruption)
-        total = sum(len(np.unique(fold)) for fold in hidden_in.values())
-        done = 0
-        for kind, fold in hidden_in.items():
-            predicted[kind] = [np.full(counts.shape, np.nan) for _ in ways]
-            for number in np.unique(fold):
-                progress(done, total, "predicting hidden spots")
-                hidden = np.flatnonzero(fold == number)
-                for values, found in zip(predicted[kind], hiding.predict(hidden), strict=True):
-                    values[hidden] = found
-                done += 1
-        progress(done, total, "predicting hidden spots")
+        predicted = _predicted(Hiding(section, chosen, ways, seed, interruption), hidden_in, progress)
     scored = [_scored(kind, ways, predicted[kind], counts, spots, chosen, seed) for kind in hidden_in]
     table = pd.concat([summary for summary, _ in scored], ignore_index=True)
     best, verdict = sentence(table, section.name)
@@ -183,6 +171,24 @@ def _ways(
     loaded = of_views(load(model, None, section, use_lr=True, device=where), 1)
     options = "" if model is None else f"--model {model}"
     return ways_of(bilinear, kriged, loaded, options), loaded.method.requirements.panel
+
+
+def _predicted(
+    hiding: Hiding, hidden_in: dict[str, np.ndarray], progress: Progress
+) -> dict[str, list[np.ndarray]]:
+    """Counts (spots, g) of each way, by the kind of hiding; every spot is predicted while it is hidden."""
+    total, done = sum(len(np.unique(fold)) for fold in hidden_in.values()), 0
+    predicted = {}
+    for kind, fold in hidden_in.items():
+        predicted[kind] = [np.full((len(fold), len(hiding.genes)), np.nan) for _ in hiding.ways]
+        for number in np.unique(fold):
+            progress(done, total, "predicting hidden spots")
+            hidden = np.flatnonzero(fold == number)
+            for values, found in zip(predicted[kind], hiding.predict(hidden), strict=True):
+                values[hidden] = found
+            done += 1
+    progress(done, total, "predicting hidden spots")
+    return predicted
 
 
 def _genes(spots: Spots, panel: tuple[str, ...], genes: Sequence[str] | None) -> list[str]:

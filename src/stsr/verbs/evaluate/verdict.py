@@ -10,7 +10,7 @@ SCORE = "pcc"
 
 
 def sentence(ways: pd.DataFrame, section: str) -> tuple[str, str]:
-    """Choose the way with the best mean over scattered and blocks, unless kriging is as good.
+    """Choose the way that predicts scattered spots best, unless kriging is as good.
 
     Parameters
     ----------

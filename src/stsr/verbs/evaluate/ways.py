@@ -70,6 +70,6 @@ def ways_of(bilinear: Loaded, kriged: Loaded, model: Loaded | None, model_option
         return found
     for spots, consistency in ((RAW, NONE), (RAW, EXACT), (DENOISED, NONE), (DENOISED, DENOISED)):
         label = f"model, {spots}" + (", consistent" if consistency != NONE else "")
-        options = f"{model_options} --spots {spots} --consistency {consistency}".strip()
+        options = f"{model_options} --spots {spots} --consistency {consistency} --adapt off".strip()
         found.append(Way(label, model, spots, consistency, options=options))
     return [*found, Way(WHITE, model, DENOISED, NONE, sees_image=False)]

@@ -21,7 +21,7 @@ from stsr.store.parts import Spots
 from stsr.verbs.superres.job import SuperresJob
 from stsr.verbs.superres.loading import Loaded, of_views
 from stsr.verbs.superres.own_spots import LEAST_SPOTS, Candidate, Schedule, Slide, Training
-from stsr.verbs.superres.spots import AUTO, KRIGED, SpotCounts, with_denoised
+from stsr.verbs.superres.spots import AUTO, KRIGED, with_denoised
 
 Make = Callable[[Loaded, str, np.ndarray | None, Sequence[str]], SuperresJob]
 
@@ -144,7 +144,7 @@ def adapt(
     slide = Slide.of(make(given, base, None, scored), seed)
     fresh_base = KRIGED if base == AUTO else base
     # Denoised for both models at once.
-    every = with_denoised(make(given, fresh_base, slide.kept, [*scored, *fresh_panel]), progress).counts
+    every = with_denoised(make(given, fresh_base, slide.kept, [*scored, *fresh_panel]), progress)
     job = _sharing(make(given, base, slide.kept, scored), every)
     before = Candidate("unadapted", loaded, slide.loss(job), 0)
     found = [before]
@@ -156,30 +156,36 @@ def adapt(
         runs.append((ALONE, _sharing(fresh, every), FRESH))
     for name, start, how in runs:
         found.append(Training(start, slide, how, seed).run(name, deadline, progress, interruption))
-    best = min(found, key=lambda candidate: candidate.loss)
+    return _outcome(found, len(slide.reserved), base, fresh_base)
+
+
+def _outcome(found: list[Candidate], reserved: int, base: str, fresh_base: str) -> Adapted:
+    """The candidate with the lowest loss; the first one is the given model."""
+    before, best = found[0], min(found, key=lambda candidate: candidate.loss)
+    given: Any = before.loaded.method
     record = {
         "kept": best.name,
-        "reserved_spots": len(slide.reserved),
+        "reserved_spots": reserved,
         "loss_of_reserved_spots": {each.name: round(each.loss, 5) for each in found},
         "steps": {each.name: each.steps for each in found},
     }
-    change = before.loss - best.loss
+    if best is before:
+        note = f"the model was not adapted: {reserved} reserved spots are predicted best without"
+        return Adapted(before.loaded, record, note, base)
     note = (
-        f"{len(slide.reserved)} reserved spots are predicted best by the model {best.name} "
-        f"(Poisson loss per count {best.loss:.4f}, {change:.4f} less than unadapted)"
-        if best is not before
-        else f"the model was not adapted: {len(slide.reserved)} reserved spots are predicted best without"
+        f"{reserved} reserved spots are predicted best by the model {best.name} "
+        f"(Poisson loss per count {best.loss:.4f}, {before.loss - best.loss:.4f} less than unadapted)"
     )
-    if loaded.method.samples and not best.loaded.method.samples:
+    if given.samples and not best.loaded.method.samples:
         note += "; it does not sample, so no spread is written"
-    kept = loaded if best is before else of_views(best.loaded, method.config.views)
+    kept = of_views(best.loaded, given.config.views)
     return Adapted(kept, record, note, fresh_base if best.name == ALONE else base)
 
 
-def _sharing(job: SuperresJob, fitted: SpotCounts | None) -> SuperresJob:
-    """With the expected counts and the covariance of kriging that another job has fitted to the same spots."""
-    assert job.counts is not None and fitted is not None
-    return replace(job, counts=replace(job.counts, denoised=fitted.denoised, kriging=fitted.kriging))
+def _sharing(job: SuperresJob, fitted: SuperresJob) -> SuperresJob:
+    """With what another job has fitted to the same spots."""
+    assert job.counts is not None and fitted.counts is not None
+    return replace(job, counts=job.counts.sharing(fitted.counts))
 
 
 def _genes(spots: Spots, panel: tuple[str, ...]) -> tuple[list[str], tuple[str, ...]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,9 +22,9 @@ from stsr.errors import UsageError
 from stsr.methods.batch import Batch
 from stsr.progress import Progress
 from stsr.signals import Interruption
-from stsr.verbs.superres.field import Field, White
 from stsr.verbs.superres.job import SuperresJob
 from stsr.verbs.superres.loading import Loaded
+from stsr.verbs.superres.predict import field_of
 from stsr.verbs.superres.tiles import Tile, plan
 
 RESERVED = 0.15
@@ -134,7 +135,8 @@ class Slide:
         predicted = np.zeros(counts.shape)
         assigned = np.zeros(len(self.reserved), bool)
         method: Any = job.loaded.method
-        panel, field = _field(job, list(method.panel)), _field(job, job.genes)
+        panel = field_of(job, list(method.panel), _each(method.panel), kriged=False)
+        field = field_of(job, job.genes, job.mixtures)
         was = method.training
         method.eval()
         with torch.inference_mode():
@@ -181,7 +183,7 @@ class Training:
         self.learned = np.flatnonzero(self.counts.sum(0) > 0)
         number = job.measurement.spots
         self.visible = [self.rng.random(number) < VISIBLE for _ in range(_REALISATIONS)]
-        self.fields = [_field(job, panel, seen) for seen in self.visible]
+        self.fields = [field_of(job, panel, _each(panel), seen=seen) for seen in self.visible]
         whole = job.measurement.bins_seen
         self.usable = np.flatnonzero(whole > 0.99 * np.median(whole))
 
@@ -271,19 +273,9 @@ def _inside(matrix: sp.csr_matrix, shape: tuple[int, int], tile: Tile) -> tuple[
     return part, np.flatnonzero((seen > 0.5) & (seen >= 0.999 * whole))
 
 
-def _field(job: SuperresJob, genes: list[str], seen: np.ndarray | None = None) -> Field:
-    """The raster of some genes, of all spots of the job or of some."""
-    needs = job.requirements
-    assert job.measurement is not None and job.counts is not None
-    rows = np.arange(job.measurement.spots) if seen is None else np.flatnonzero(seen)
-    lr, mask = job.measurement.of_spots(rows).raster(job.counts.inputs(genes, job.spots[rows]), needs.lr_um)
-    panel = genes == list(job.loaded.method.panel)
-    mixed = np.eye(len(genes), dtype=np.float32) if panel else job.mixtures
-    image = job.section.image or White()
-    known, base = job.counts.measures(genes), job.counts.kriged(genes, job.spots[rows])
-    return Field(
-        job.grid, image, lr, mask, mixed, genes, needs.image_um, needs.lr_um, known, job.features, base
-    )
+def _each(panel: Sequence[str]) -> np.ndarray:
+    """Panel genes as mixtures: each is itself."""
+    return np.eye(len(panel), dtype=np.float32)
 
 
 def _expected(method: Any, batch: Batch, factors: torch.Tensor) -> torch.Tensor:

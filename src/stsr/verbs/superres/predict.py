@@ -32,24 +32,12 @@ class Predictor:
     def __init__(self, job: SuperresJob):
         self.job = job
         panel = list(job.read_panel)
-        self._panel = self._field(panel, np.eye(len(panel), dtype=np.float32), kriged=False)
+        self._panel = field_of(job, panel, np.eye(len(panel), dtype=np.float32), kriged=False)
         self._draws = job.spread is not None or not job.loaded.method.knows_mean
 
     def field(self, genes: slice) -> Field:
         """The spots of some of the job's genes as a raster over the section."""
-        return self._field(self.job.genes[genes], self.job.mixtures[genes])
-
-    def _field(self, genes: list[str], mixed: np.ndarray, kriged: bool = True) -> Field:
-        job, needs = self.job, self.job.requirements
-        lr = mask = known = base = None
-        if job.measurement is not None and job.counts is not None:
-            lr, mask = job.measurement.raster(job.counts.inputs(genes, job.spots), needs.lr_um)
-            known = job.counts.measures(genes)
-            base = job.counts.kriged(genes, job.spots) if kriged else None
-        image = job.section.image if job.sees_image and job.section.image is not None else White()
-        return Field(
-            job.grid, image, lr, mask, mixed, genes, needs.image_um, needs.lr_um, known, job.features, base
-        )
+        return field_of(self.job, self.job.genes[genes], self.job.mixtures[genes])
 
     def tile(self, field: Field, tile: Tile) -> Iterator[tuple[slice, list[np.ndarray]]]:
         """Predict a tile, some of the field's genes at a time.
@@ -116,6 +104,39 @@ def _noises(seed: int, samples: int) -> list[Noise]:
 def _precision(device: torch.device) -> AbstractContextManager:
     """Half precision for networks on CUDA."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def field_of(
+    job: SuperresJob,
+    genes: list[str],
+    mixed: np.ndarray,
+    *,
+    seen: np.ndarray | None = None,
+    kriged: bool = True,
+) -> Field:
+    """The spots of some genes as a raster over the section of a job.
+
+    Parameters
+    ----------
+    mixed
+        (g, p) the genes as mixtures of panel genes.
+    seen
+        Which of the job's spots to use, (spots,) bool; all by default.
+    kriged
+        Whether the field has a base, if the job kriges its spots.
+    """
+    needs = job.requirements
+    lr = mask = known = base = None
+    if job.measurement is not None and job.counts is not None:
+        rows = np.arange(job.measurement.spots) if seen is None else np.flatnonzero(seen)
+        measurement, spots = job.measurement.of_spots(rows), job.spots[rows]
+        lr, mask = measurement.raster(job.counts.inputs(genes, spots), needs.lr_um)
+        known = job.counts.measures(genes)
+        base = job.counts.kriged(genes, spots) if kriged else None
+    image = job.section.image if job.sees_image and job.section.image is not None else White()
+    return Field(
+        job.grid, image, lr, mask, mixed, genes, needs.image_um, needs.lr_um, known, job.features, base
+    )
 
 
 def predicted_maps(job: SuperresJob, genes: slice, stop: Callable[[], None]) -> np.ndarray:

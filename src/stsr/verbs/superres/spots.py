@@ -103,6 +103,10 @@ class SpotCounts:
             made = replace(made, kriging=found)
         return made
 
+    def sharing(self, fitted: SpotCounts) -> SpotCounts:
+        """With what was fitted to the same spots for other settings."""
+        return replace(self, denoised=fitted.denoised, kriging=fitted.kriging)
+
     def _to_choose_from(self, genes: Sequence[str]) -> list[str]:
         """Measured genes among these, those with the most counts."""
         measured = [gene for gene in dict.fromkeys(genes) if gene in set(self.spots.genes)]

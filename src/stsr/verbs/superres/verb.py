@@ -211,7 +211,11 @@ def superres(
             )
         report(found.note)
         job = replace(make(found.loaded, found.base), features=job.features)
-        job = replace(job, provenance={**job.provenance, "adaptation": found.record})
+        job = replace(
+            job,
+            provenance={**job.provenance, "adaptation": found.record},
+            notes=[*job.notes, found.note],
+        )
         if save_model is not None:
             _save(found.loaded, save_model, job)
     job = with_denoised(job, progress)
