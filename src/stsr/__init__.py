@@ -1,7 +1,8 @@
 """Super-resolution of spatial transcriptomics by conditional diffusion, guided by H&E.
 
 The commands of the command line are functions here: `prepare`, `train`, `superres`, `evaluate`, `singlecell`,
-`celltype`, `gec`, `info` and `demo`; `open_section` reads what they wrote. They are imported on first use, so
+`celltype`, `gec`, `info` and `demo`; `samples` draws maps that could be true, and `open_section` reads what they
+wrote. They are imported on first use, so
 ``import stsr`` loads neither torch nor spatialdata.
 """
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from stsr.verbs.gec.verb import gec
     from stsr.verbs.info import info
     from stsr.verbs.prepare.verb import prepare
+    from stsr.verbs.samples import samples
     from stsr.verbs.singlecell.verb import singlecell
     from stsr.verbs.superres.verb import superres
     from stsr.verbs.train.verb import train
@@ -33,6 +35,7 @@ __all__ = [
     "info",
     "open_section",
     "prepare",
+    "samples",
     "singlecell",
     "superres",
     "train",
@@ -46,6 +49,7 @@ _MODULES = {
     "info": "stsr.verbs.info",
     "open_section": "stsr.store.section",
     "prepare": "stsr.verbs.prepare.verb",
+    "samples": "stsr.verbs.samples",
     "singlecell": "stsr.verbs.singlecell.verb",
     "superres": "stsr.verbs.superres.verb",
     "train": "stsr.verbs.train.verb",

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.optimize import brentq
 
+from stsr import checkpoint
 from stsr.diffusion.noise import Noise, TileNoise
 from stsr.methods.batch import Batch
 from stsr.methods.corrdiff import CorrDiff, CorrDiffConfig, leading_directions, posterior_draw
@@ -252,3 +253,58 @@ def test_configs_are_checked_with_a_sentence():
         configured(RegressionConfig, {"factor": 3})
     with pytest.raises(UsageError, match="directions must lie in"):
         configured(CorrDiffConfig, {"factors": 4, "directions": 5})
+
+
+def hidden_batch(seed):
+    """As `make_batch`, but patches whose effect differs between genes cannot be seen in spots or image."""
+    batch = make_batch(tiles=4, seed=seed, side=6)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    patches = torch.randn(4, 6, 30, 30, generator=generator)
+    hidden = 0.5 * torch.nn.functional.interpolate(patches, scale_factor=2)
+    return replace(batch, hr=torch.poisson(batch.hr * hidden.exp() / np.exp(0.125), generator=generator))
+
+
+def test_dispersion_is_fitted_to_what_the_model_cannot_know(unet, tmp_path):
+    method, _ = unet
+    assert method.dispersion is None
+    method.finish(hidden_batch(seed) for seed in range(100, 108))
+    found = method.dispersion
+    batch = hidden_batch(200)
+    mean = method.predict(batch, None).detach().numpy()
+    truth = batch.hr.numpy()
+    for factor in (2, 5):
+        a, b = (
+            maps.reshape(4, 6, 60 // factor, factor, 60 // factor, factor).sum((3, 5))
+            for maps in (mean, truth)
+        )
+        sd = np.stack(
+            [found.sd(tile, level, PANEL, 10.0 * factor)
+             for tile, level in zip(a, (batch.lr_mean / 100).numpy() * factor**2, strict=True)]
+        )  # fmt: skip
+        standard = ((b - a) ** 2).mean() / (sd**2 + a).mean()
+        assert 0.6 < standard < 1.6
+        assert ((b - a) ** 2).mean() > 4 * a.mean()  # counting noise alone does not explain it
+    again = checkpoint.load(checkpoint.save(tmp_path / "m.safetensors", method, "unet", {})).method
+    assert again.dispersion.own == pytest.approx(found.own)
+    method.set_dispersion(replace(found, shared=(0.0,) * 4, own=(0.0,) * 4, genes={}))  # for other tests
+
+
+def test_weights_of_earlier_versions_have_no_dispersion(unet):
+    method, _ = unet
+    weights = {key: value for key, value in method.state_dict().items() if not key.startswith("dispersion")}
+    fresh = UNetRegression(RegressionConfig(**SMALL), PANEL)
+    fresh.load_state_dict(weights)
+    assert fresh.dispersion is None
+    with pytest.raises(RuntimeError, match="offsets"):
+        fresh.load_state_dict({key: value for key, value in weights.items() if key != "offsets"})
+
+
+def test_divided_counts_are_told_to_the_fit(unet):
+    """Counts that were divided by area scatter less, which must not hide the dispersion."""
+    method, _ = unet
+    batches = [hidden_batch(seed) for seed in range(4)]
+    method.finish(batches)
+    plain = sum(method.dispersion.own)
+    method.finish(replace(batch, divided=torch.full((4,), 0.8)) for batch in batches)
+    assert sum(method.dispersion.own) > plain
+    method.set_dispersion(replace(method.dispersion, shared=(0.0,) * 4, own=(0.0,) * 4, genes={}))

@@ -36,6 +36,10 @@ Samples = Annotated[
     int | None,
     _sampling(min=1, help="Number of samples to average; two or more also give their standard deviation."),
 ]
+KeepSamples = Annotated[
+    bool,
+    _sampling("--keep-samples", help="Write each sample, so that sums can be taken before their spread."),
+]
 Steps = Annotated[int | None, _sampling(min=1, help="Number of denoising steps per sample.")]
 Sampler = Annotated[str | None, _sampling(help="ancestral, ddim, euler, heun or dpmpp_2m.")]
 Guidance = Annotated[
@@ -99,6 +103,7 @@ def superres(
     model: Model = None,
     method: Method = None,
     samples: Samples = None,
+    keep_samples: KeepSamples = False,
     steps: Steps = None,
     sampler: Sampler = None,
     guidance: Guidance = None,
@@ -134,6 +139,7 @@ def superres(
         model=model,
         method=method,
         samples=samples,
+        keep_samples=keep_samples,
         steps=steps,
         sampler=sampler,
         guidance=guidance,

@@ -92,6 +92,9 @@ class Batch:
     base
         (b, g, H, W) float32, counts per bin expected from the spots alone, such as kriged ones; None for the
         interpolation of ``lr``. Without effect in tiles without spots.
+    divided
+        (b,) side of the bins from which the counts of ``hr`` were divided by area, in bins; 0 for counts of
+        transcripts. None for all 0.
     """
 
     image: torch.Tensor
@@ -105,6 +108,7 @@ class Batch:
     measured: torch.Tensor | None = None
     features: torch.Tensor | None = None
     base: torch.Tensor | None = None
+    divided: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the batch to a device."""
@@ -138,6 +142,7 @@ class Batch:
             measured=None if self.measured is None else self.measured[chosen],
             features=None if self.features is None else self.features[chosen],
             base=None if self.base is None else self.base[chosen],
+            divided=None if self.divided is None else self.divided[chosen],
         )
 
     def of_genes(self, chosen: torch.Tensor) -> Batch:

@@ -228,6 +228,10 @@ class CorrDiff(UNetRegression):
         change = torch.einsum("gr,bryx->bgyx", batch.genes @ self.loadings @ self.turn, drawn)
         return change.clamp(-_LARGEST_LOG_CHANGE, _LARGEST_LOG_CHANGE)
 
+    @property
+    def dispersion(self) -> None:
+        """None: the residual is sampled."""
+
     @torch.no_grad()
     def finish(self, batches: Iterable[Batch]) -> None:
         """Calibrate samples on validation tiles: match their variance to that of the counts beyond Poisson.

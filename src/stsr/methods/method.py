@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -17,6 +17,7 @@ from stsr.errors import UsageError, did_you_mean
 from stsr.geometry.grid import raster_um
 from stsr.methods.batch import PLAIN_DENSITY, Batch, Requirements
 from stsr.nn.image import ImageEncoder
+from stsr.spread.dispersion import Dispersion
 
 Module = TypeVar("Module", bound=nn.Module)
 IMAGE_MEAN, IMAGE_SPREAD = 0.7, 0.25
@@ -124,6 +125,8 @@ class Method(nn.Module, ABC):
     """True if predictions depend on noise."""
     needs_kriging: ClassVar[bool] = False
     """True if batches must have kriged spots as their base."""
+    added_buffers: ClassVar[tuple[str, ...]] = ()
+    """Buffers that weights of earlier versions lack; they keep their initial values."""
     encoder: ImageEncoder
     """Set by methods that learn."""
     reference: torch.Tensor
@@ -136,6 +139,13 @@ class Method(nn.Module, ABC):
         self.register_buffer(
             "reference", torch.as_tensor(values, dtype=torch.float32).clamp_min(PLAIN_DENSITY)
         )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights; those of earlier versions may lack `added_buffers`."""
+        initial = {key: value for key, value in self.state_dict().items() if key in self.added_buffers}
+        return super().load_state_dict(initial | dict(state_dict), strict, assign)
 
     @property
     def knows_mean(self) -> bool:
@@ -173,6 +183,11 @@ class Method(nn.Module, ABC):
             plain = mean / self.requirements.per_lr**2
             base = torch.where(known[..., None, None] > 0, base, plain[..., None, None])
         return replace(batch, lr=lr, lr_mean=mean, base=base)
+
+    @property
+    def dispersion(self) -> Dispersion | None:
+        """How far expression may lie from predictions on every scale; None if the method does not know."""
+        return None
 
     def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Compute the terms of the loss; ``"loss"`` is their weighted sum.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from stsr.methods.batch import Batch
 from stsr.methods.method import Method, TileConfig, check_positive, check_probability, interpolated
 from stsr.nn.blocks import ConvBlock
 from stsr.nn.unet import UNet
+from stsr.spread.dispersion import LENGTHS_UM, Dispersion
+from stsr.spread.fitting import Moments, fit
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,14 @@ class UNetRegression(Method):
 
     Config = RegressionConfig
     config: RegressionConfig
+    added_buffers = ("dispersion_shared", "dispersion_own", "dispersion_genes")
+
+    dispersion_shared: torch.Tensor
+    """(k,) relative variance of what all genes share in each field of a `Dispersion`; 0 before `finish`."""
+    dispersion_own: torch.Tensor
+    """(k,) the same of a typical gene."""
+    dispersion_genes: torch.Tensor
+    """(p,) factor of each gene."""
 
     def __init__(self, config: RegressionConfig, panel: tuple[str, ...], reference: np.ndarray | None = None):
         super().__init__(config, panel, reference)
@@ -85,6 +96,10 @@ class UNetRegression(Method):
         self.offsets = nn.Parameter(torch.zeros(genes))
         # Weights of the interpolated spots, their neighbourhood and the section's mean in the base.
         self.base_logits = nn.Parameter(torch.log(torch.tensor([0.9, 0.08, 0.02])).repeat(genes, 1))
+
+        self.register_buffer("dispersion_shared", torch.zeros(len(LENGTHS_UM)))
+        self.register_buffer("dispersion_own", torch.zeros(len(LENGTHS_UM)))
+        self.register_buffer("dispersion_genes", torch.ones(genes))
 
     def condition(self, batch: Batch) -> torch.Tensor:
         """Compute factor maps (b, factors, H, W), averaged over views when predicting."""
@@ -173,3 +188,33 @@ class UNetRegression(Method):
         """Expected counts per bin (b, g, H, W)."""
         factors = self.condition(batch) if features is None else features
         return self.log_rate(batch, factors).exp()
+
+    @torch.no_grad()
+    def finish(self, batches: Iterable[Batch]) -> None:
+        """Fit the dispersion of counts around predictions on validation tiles."""
+        moments = Moments(len(self.panel))
+        for batch in batches:
+            mean = self.log_rate(batch, self.condition(batch)).exp().cpu().numpy()
+            level = (self.scale(batch) / self.requirements.per_lr**2).cpu().numpy()
+            truth, known = batch.truth().cpu().numpy(), batch.known().bool().cpu().numpy()
+            divided = np.zeros(len(batch)) if batch.divided is None else batch.divided.cpu().numpy()
+            for tile in range(len(batch)):
+                moments.add(mean[tile], truth[tile], level[tile], known[tile], float(divided[tile]))
+        found = fit(moments, self.panel, self.config.bin_um)
+        if found is not None:
+            self.set_dispersion(found)
+
+    @property
+    def dispersion(self) -> Dispersion | None:
+        """The dispersion of counts around predictions; None if it was not fitted."""
+        shared, own = self.dispersion_shared.tolist(), self.dispersion_own.tolist()
+        if not sum(shared) + sum(own) > 0:
+            return None
+        genes = dict(zip(self.panel, self.dispersion_genes.tolist(), strict=True))
+        return Dispersion(tuple(shared), tuple(own), genes, bin_um=self.config.bin_um)
+
+    def set_dispersion(self, dispersion: Dispersion) -> None:
+        """Take a fitted dispersion, or that of another model of the same bins; genes by name."""
+        self.dispersion_shared.copy_(torch.tensor(dispersion.shared))
+        self.dispersion_own.copy_(torch.tensor(dispersion.own))
+        self.dispersion_genes.copy_(torch.from_numpy(dispersion.factors(self.panel)))

@@ -118,11 +118,12 @@ class Catalogue:
 
     @property
     def superres_elements(self) -> list[str]:
-        """Super-resolved maps, newest first, without their standard deviations."""
+        """Super-resolved maps, newest first, without their standard deviations and samples."""
 
         def is_map(name: str, kind: str) -> bool:
-            by_us = self.provenance.get(name, {}).get("command") == "superres" and not names.is_spread(name)
-            return kind == "images" and (by_us or names.is_superres(name))
+            by_us = self.provenance.get(name, {}).get("command") == "superres"
+            beside = names.is_spread(name) or names.map_of_sample(name) is not None
+            return kind == "images" and ((by_us and not beside) or names.is_superres(name))
 
         def age(name: str) -> tuple[str, str]:
             return self.provenance.get(name, {}).get("written", ""), name

@@ -29,6 +29,7 @@ _UNSEEN = "_unseen"
 _HR = re.compile(r"^hr_(\d+(?:\.\d+)?)um$")
 _SUPERRES = re.compile(r"^superres_x(\d+(?:\.\d+)?)$")
 _SPREAD = "_sd"
+_SAMPLE = re.compile(r"^(.+)_sample(\d+)$")
 
 
 def table_name(element: str) -> str:
@@ -58,8 +59,19 @@ def result_name(kind: str, scale: float) -> str:
 
 
 def spread_name(element: str) -> str:
-    """Name of a map's standard deviation over samples: ``superres_x10`` -> ``superres_x10_sd``."""
+    """Name of a map's standard deviation: ``superres_x10`` -> ``superres_x10_sd``."""
     return element + _SPREAD
+
+
+def sample_name(element: str, number: int) -> str:
+    """Name of a kept sample of a map: ``superres_x10``, 1 -> ``superres_x10_sample1``."""
+    return f"{element}_sample{number}"
+
+
+def map_of_sample(element: str) -> str | None:
+    """The map of which this is a kept sample: ``superres_x10_sample1`` -> ``superres_x10``; None for other names."""
+    match = _SAMPLE.match(element)
+    return match[1] if match else None
 
 
 def features_name(stem: str) -> str:
@@ -71,7 +83,7 @@ def bin_um_of(element: str) -> float | None:
     """Bin size in um according to a map's name; None if the name does not contain one."""
     if match := _HR.match(element.removesuffix(_UNSEEN)):
         return float(match[1])
-    if match := _SUPERRES.match(element.removesuffix(_SPREAD)):
+    if match := _SUPERRES.match(map_of_sample(element) or element.removesuffix(_SPREAD)):
         return round(LR_UM / float(match[1]), 3)  # names have six digits
     return None
 
@@ -108,5 +120,5 @@ def is_superres(element: str) -> bool:
 
 
 def is_spread(element: str) -> bool:
-    """Whether the name is that of a standard deviation over samples: ``superres_x10_sd``."""
+    """Whether the name is that of a standard deviation: ``superres_x10_sd``."""
     return element.endswith(_SPREAD)

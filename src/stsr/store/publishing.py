@@ -183,9 +183,10 @@ def swap(
         unneeded = set(optional) & {name.lower() for name in present}
         made = {name: kind for name, kind in catalogue.elements(work.new).items() if name not in unneeded}
         catalogue.check_free(found, list(made), overwrite)
-        # The spread of a replaced map is removed with it: it would describe another map.
+        # The spread and samples of a replaced map are removed with it: they would describe another map.
         spreads = [names.spread_name(name) for name in made]
-        ours = [name for name in spreads if name in found.provenance]
+        samples = [name for name in present if names.map_of_sample(name) in made]
+        ours = [name for name in (*spreads, *samples) if name in found.provenance and name not in made]
         replaced = {name: present[name] for name in (*made, *ours) if name in present}
         journal = {
             "token": uuid.uuid4().hex,

@@ -160,6 +160,12 @@ class Section:
         return self.map(found[0]) if found and self.elements.get(found[0]) == "images" else None
 
     @property
+    def divided_from_um(self) -> float:
+        """Side of the instrument's bins from which the counts of `hr` were divided by area, um; 0 for transcripts."""
+        made = self.provenance.get(next(iter(self.catalogue.hr_elements), ""), {})
+        return float(made.get("divided_by_area_from_um", 0))
+
+    @property
     def organ(self) -> str | None:
         """The organ, if the store names it."""
         return self.catalogue.attributes.get(names.ORGAN_KEY)

@@ -178,6 +178,8 @@ def _outcome(found: list[Candidate], reserved: int, base: str, fresh_base: str) 
     )
     if given.samples and not best.loaded.method.samples:
         note += "; it does not sample, so no spread is written"
+    elif best.name == ALONE and best.loaded.method.dispersion is not None:
+        note += "; its spread is that of the given model"
     kept = of_views(best.loaded, given.config.views)
     return Adapted(kept, record, note, fresh_base if best.name == ALONE else base)
 
@@ -219,4 +221,6 @@ def _fresh(given: Loaded, job: SuperresJob, panel: tuple[str, ...], seed: int) -
     lr, mask = job.measurement.raster(spots.select(panel)[job.spots], needs.lr_um)
     config = RegressionConfig(bin_um=needs.bin_um, image_um=image_um, views=1)
     method = channels_last(UNetRegression(config, panel, lr_mean(lr, mask)).to(given.device)).eval()
+    if given.method.dispersion is not None:  # a slide without measured bins shows no errors below its spots
+        method.set_dispersion(given.method.dispersion)
     return replace(given, method=method, name="unet", model="this slide", digest=None, features={})

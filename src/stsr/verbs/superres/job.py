@@ -16,6 +16,7 @@ from stsr.geometry.grid import LR_UM, Grid
 from stsr.geometry.measurement import Measurement
 from stsr.methods.batch import Requirements
 from stsr.methods.method import Method
+from stsr.spread.dispersion import Dispersion
 from stsr.store import catalogue, names
 from stsr.store.elements import labels
 from stsr.store.parts import FeatureMap, Spots
@@ -62,6 +63,8 @@ class SuperresJob:
     seed: int
     element: str
     """Name of the map."""
+    keeps_samples: bool = False
+    """Whether the samples are written."""
     sees_image: bool = True
     """False shows a white slide instead of the H&E."""
     features: FeatureMap | None = None
@@ -72,9 +75,23 @@ class SuperresJob:
     """How the maps are made, JSON-able."""
 
     @property
+    def dispersion(self) -> Dispersion | None:
+        """What the method knows of its errors; None if it samples, or does not know them."""
+        found: Dispersion | None = self.loaded.method.dispersion
+        return found
+
+    @property
     def spread(self) -> str | None:
-        """Name of the spread over samples; None for a single sample."""
-        return names.spread_name(self.element) if self.samples > 1 else None
+        """Name of the spread; None if it is not known."""
+        known = self.dispersion is not None or self.samples > 1
+        return names.spread_name(self.element) if known else None
+
+    @property
+    def kept(self) -> list[str]:
+        """Names of the samples to write."""
+        return [
+            names.sample_name(self.element, 1 + number) for number in range(self.samples * self.keeps_samples)
+        ]
 
     @property
     def requirements(self) -> Requirements:
@@ -89,7 +106,12 @@ class SuperresJob:
     @property
     def elements(self) -> list[str]:
         """Names of the images to write."""
-        return [self.element] if self.spread is None else [self.element, self.spread]
+        return [self.element, *([] if self.spread is None else [self.spread]), *self.kept]
+
+    @property
+    def predicted(self) -> list[str]:
+        """Those that are blended from tiles; the others follow from the finished map."""
+        return self.elements if self.dispersion is None else self.elements[:1]
 
     @property
     def output_grid(self) -> Grid:
@@ -130,6 +152,7 @@ def make_job(
     region: tuple[float, float, float, float] | None,
     name: str | None,
     seed: int,
+    keep_samples: bool = False,
     kept: np.ndarray | None = None,
 ) -> SuperresJob:
     """Check the options and make the job; arguments are those of `stsr.superres`.
@@ -191,7 +214,8 @@ def make_job(
         correction=correction,
         corrected=corrected,
         support=support,
-        samples=_samples(samples, method),
+        samples=_samples(samples, method, keep_samples),
+        keeps_samples=keep_samples,
         seed=seed,
         element=names.check_name(name or names.result_name("superres", scale)),
         notes=_notes(section, method, blind=table is None and use_lr, outside=outside) + notes,
@@ -261,10 +285,31 @@ def _provenance(job: SuperresJob, *, scale: float, outside: int) -> dict[str, An
         ),
         "spots_beyond_support": 0 if job.correction is None else job.correction.beyond,
         "samples": job.samples,
+        "samples_kept": len(job.kept),
+        "spread": _spread_from(job),
         "seed": job.seed,
         "genes_outside_panel": outside,
         "region_um": list(job.region.bounds_um),
         **({} if sampling is None else asdict(sampling)),
+    }
+
+
+def _spread_from(job: SuperresJob) -> str | None:
+    """Where the spread comes from: ``dispersion`` around the map, ``samples`` of the method, or None."""
+    return "dispersion" if job.dispersion is not None else "samples" if job.spread else None
+
+
+def provenance_of(job: SuperresJob, element: str) -> dict[str, Any]:
+    """How one element of a job is made; the spread names the dispersion it follows from."""
+    if element != job.spread or job.dispersion is None:
+        return dict(job.provenance)
+    dispersion = job.dispersion.to_json()
+    named = set(job.genes)
+    dispersion["genes"] = {gene: factor for gene, factor in dispersion["genes"].items() if gene in named}
+    return {
+        **job.provenance,
+        "units": "standard deviation of the expected counts per bin",
+        "dispersion": dispersion,
     }
 
 
@@ -307,12 +352,19 @@ def _region(whole: Grid, region: tuple[float, float, float, float] | None) -> Gr
         raise UsageError(f"{error}, which spans {x0:g} {y0:g} {x1:g} {y1:g} um") from error
 
 
-def _samples(samples: int | None, method: Method) -> int:
+def _samples(samples: int | None, method: Method, keep: bool) -> int:
+    """Number of samples to draw."""
     if samples is not None and samples < 1:
         raise UsageError(f"--samples must be at least 1, not {samples}")
-    if not method.samples:
+    if keep and not method.samples and method.dispersion is None:
+        raise UsageError(
+            "the spread of this method is not known, so it gives no samples; leave out --keep-samples"
+        )
+    if not method.samples and not keep:
         if samples not in (None, 1):
-            raise UsageError("this method is not random: all samples would be equal; leave out --samples")
+            raise UsageError(
+                "the map of this method does not depend on samples; leave out --samples, or add --keep-samples"
+            )
         return 1
     return DEFAULT_SAMPLES if samples is None else samples
 

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stsr.diffusion.noise import Noise
 from stsr.geometry.grid import add_up
 from stsr.progress import Progress, Report
 from stsr.signals import Interrupted, Interruption
+from stsr.spread.drawing import drawn_rates
 from stsr.store.writer import CHUNKS, MapWriter
 from stsr.verbs.superres.field import Field
-from stsr.verbs.superres.job import SuperresJob, new_support, plural
+from stsr.verbs.superres.job import SuperresJob, new_support, plural, provenance_of
 from stsr.verbs.superres.predict import Predictor
 from stsr.verbs.superres.scratch import Scratch
 from stsr.verbs.superres.tiles import Canvas, Tile, needed, plan
@@ -38,7 +40,7 @@ def write_maps(
         The consistency error; None if maps were not corrected, or no spot lies entirely inside them.
     """
     beside, origin = new_support(job)
-    provenance = {**dict.fromkeys(job.elements, job.provenance), **origin}
+    provenance = {**{element: provenance_of(job, element) for element in job.elements}, **origin}
     with MapWriter(
         job.store,
         job.elements,
@@ -96,7 +98,7 @@ class MapLoop:
             if not all(self.writer.is_done(f"maps.{start}") for start in _groups(genes)):
                 raw = [
                     Scratch(self.writer.scratch(f"{number}.{element}.raw"), self._raw_shape(genes))
-                    for element in self.job.elements
+                    for element in self.job.predicted
                 ]
                 self._predict(number, genes, raw)
                 self._finish(number, genes, raw)
@@ -146,13 +148,12 @@ class MapLoop:
                 canvas.add(canvas.bands[band][column], values, part)
 
     def _canvases(self, genes: int, first_band: int) -> list[Canvas]:
-        """One per element. Means blend in fine bins, so that coarse maps are exact sums; spreads cannot be summed."""
+        """One per map. Means blend in fine bins, so that coarse maps are exact sums; spreads cannot be summed."""
         job = self.job
         ramp = int(_TAPER_LR * job.requirements.per_lr)
         canvases = [Canvas(genes, self.bands, ramp, first_band)]
-        if job.spread:
-            bands = [[tile.coarser(job.factor) for tile in band] for band in self.bands]
-            canvases.append(Canvas(genes, bands, ramp // job.factor, first_band))
+        bands = [[tile.coarser(job.factor) for tile in band] for band in self.bands]
+        canvases += [Canvas(genes, bands, ramp // job.factor, first_band) for _ in job.predicted[1:]]
         return canvases
 
     def _keep(self, scratch: Scratch, canvas: Canvas, row: int, block: np.ndarray) -> None:
@@ -172,15 +173,18 @@ class MapLoop:
         job, factor = self.job, self.job.factor
         rows, columns = self.region.coarser(factor).within(self.area.coarser(factor))
         support = job.support[self.region.coarser(factor).within(Tile(0, 0, *job.support.shape))]
+        levels = None if job.dispersion is None else self.predictor.levels(genes)
         for start in _groups(genes):
             if self.writer.is_done(f"maps.{start}"):
                 continue
             part = slice(start, min(start + CHUNKS[0], genes.stop))
             maps = [scratch.read(slice(start - genes.start, part.stop - genes.start)) for scratch in raw]
             error = self._correct(part, maps)
-            for element, values in zip(job.elements, maps, strict=True):
-                shown = np.where(support, values[:, rows, columns], np.float32(0))
-                self.writer.write(element, part, slice(0, shown.shape[1]), slice(0, shown.shape[2]), shown)
+            shown = [np.where(support, values[:, rows, columns], np.float32(0)) for values in maps]
+            if levels is not None:
+                shown += self._around(part, shown[0], levels[start - genes.start : part.stop - genes.start])
+            for element, values in zip(job.elements, shown, strict=True):
+                self.writer.write(element, part, slice(0, values.shape[1]), slice(0, values.shape[2]), values)
             self.writer.mark_done(f"maps.{start}", error)
             done = self.tiles * (number + 1) + -(-part.stop // CHUNKS[0])
             self.progress(done, self.steps, "super-resolving")
@@ -191,18 +195,38 @@ class MapLoop:
         correction, counts = self.job.correction, self.job.counts
         if correction is None or counts is None:
             return None
-        before = maps[0].copy() if len(maps) > 1 else None
+        before = maps[0].copy() if len(maps) > 1 else maps[0]
         error = correction.apply(maps[0], counts.targets(self.job.genes[genes], self.job.corrected))
-        if before is not None:
-            maps[1] *= np.divide(maps[0], before, out=np.ones_like(before), where=before > 0)
+        for other in maps[1:]:
+            other *= np.divide(maps[0], before, out=np.ones_like(before), where=before > 0)
         return error
+
+    def _around(self, genes: slice, mean: np.ndarray, levels: np.ndarray) -> list[np.ndarray]:
+        """The spread of finished maps (g, height, width), then the samples to keep."""
+        job, chosen = self.job, self.job.genes[genes]
+        assert job.dispersion is not None
+        bin_um = job.output_grid.bin_um
+        spread = job.dispersion.sd(mean, levels, chosen, bin_um)
+        corner = self.region.coarser(job.factor)
+        return [spread] + [
+            drawn_rates(
+                mean,
+                spread,
+                chosen,
+                job.dispersion,
+                bin_um=bin_um,
+                corner=(corner.row, corner.column),
+                noise=Noise(job.seed, number),
+            )
+            for number in range(len(job.kept))
+        ]
 
     def _estimate(self, seconds: float, canvases: list[Canvas]) -> None:
         job, area = self.job, self.area.coarser(self.job.factor)
         bins = job.output_grid.height * job.output_grid.width
         held = sum(canvas.nbytes for canvas in canvases) * 2 + area.height * area.width * 4 * CHUNKS[0] * 4
         scratch = (self.blocks[0].stop - self.blocks[0].start) * area.height * area.width
-        disk = (len(job.genes) * bins + scratch) * 4 * len(job.elements)
+        disk = 4 * (len(job.genes) * bins * len(job.elements) + scratch * len(job.predicted))
         self.report(
             f"{plural(len(job.genes), 'gene')} x {job.output_grid.height} x {job.output_grid.width} bins: about "
             f"{_duration(seconds)}, {held / 2**30 + 0.8:.1f} GB of memory, at most {disk / 2**30:.2f} GB on disk"
@@ -215,7 +239,7 @@ def _gene_blocks(job: SuperresJob, tile_height: int) -> list[slice]:
     They follow from the whole section, also for a region: how genes are grouped can change the last bit of a value.
     """
     rows = min(tile_height, job.grid.height)
-    per_gene = rows * job.grid.width * 4 * len(job.elements) * 2  # the canvas and the rows it returns
+    per_gene = rows * job.grid.width * 4 * len(job.predicted) * 2  # the canvas and the rows it returns
     count = int(np.clip(MEMORY_BYTES // per_gene, CHUNKS[0], None)) // CHUNKS[0] * CHUNKS[0]
     return [slice(start, min(start + count, len(job.genes))) for start in range(0, len(job.genes), count)]
 

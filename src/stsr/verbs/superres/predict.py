@@ -33,11 +33,19 @@ class Predictor:
         self.job = job
         panel = list(job.read_panel)
         self._panel = field_of(job, panel, np.eye(len(panel), dtype=np.float32), kriged=False)
-        self._draws = job.spread is not None or not job.loaded.method.knows_mean
+        self._draws = len(job.predicted) > 1 or not job.loaded.method.knows_mean
 
     def field(self, genes: slice) -> Field:
         """The spots of some of the job's genes as a raster over the section."""
         return field_of(self.job, self.job.genes[genes], self.job.mixtures[genes])
+
+    def levels(self, genes: slice) -> np.ndarray:
+        """Mean counts (g,) per output bin of some of the job's genes in the section, or in training without spots."""
+        field, method, needs = self.field(genes), self.job.loaded.method, self.job.requirements
+        batch = method.completed(field.batch(self.job.grid.window(0, 0, needs.per_lr, needs.per_lr)))
+        with torch.inference_mode():
+            per_lr = method.scale(batch.to(self.job.loaded.device))[0].cpu().numpy()
+        return per_lr * (self.job.factor / needs.per_lr) ** 2
 
     def tile(self, field: Field, tile: Tile) -> Iterator[tuple[slice, list[np.ndarray]]]:
         """Predict a tile, some of the field's genes at a time.
@@ -45,8 +53,9 @@ class Predictor:
         Yields
         ------
         genes, maps
-            Which genes, and their expected counts (g, height, width) in the method's bins; then, if the job has
-            samples, their spread (g, height / factor, width / factor) in output bins.
+            Which genes, and their expected counts (g, height, width) in the method's bins; then, if the method
+            samples, the spread of the samples, and those that are kept, (g, height / factor, width / factor) in
+            output bins.
 
         Raises
         ------
@@ -66,7 +75,10 @@ class Predictor:
                 part = slice(start, min(start + _GENES_AT_ONCE, len(batch.names)))
                 genes = batch.of_genes(torch.arange(part.start, part.stop))
                 mean, draws = self._predictions(genes, noises, features, drawn)
-                maps = [mean] + ([_spread(draws, mean, job.factor)] if job.spread else [])
+                maps = [mean]
+                if len(job.predicted) > 1:
+                    maps += [_spread(draws, mean, job.factor)] if job.spread else []
+                    maps += [add_up(draw, job.factor) for draw in draws] if job.keeps_samples else []
                 arrays = [values.cpu().numpy() for values in maps]
                 if not all(np.isfinite(values).all() for values in arrays):
                     raise StsrError(

@@ -39,7 +39,7 @@ class Superres:
     element: str
     """Name of the map."""
     spread: str | None
-    """Name of the spread over samples; None for a single sample."""
+    """Name of the spread; None if it is not known."""
     genes: int
     """Number of genes."""
     consistency_error: float | None
@@ -64,6 +64,7 @@ def superres(
     model: str | Path | None = None,
     method: str | None = None,
     samples: int | None = None,
+    keep_samples: bool = False,
     steps: int | None = None,
     sampler: str | None = None,
     guidance: float | None = None,
@@ -104,7 +105,10 @@ def superres(
     method
         A method that needs no training (``bilinear``, ``bicubic``, ``kriged``) instead of a model.
     samples
-        Samples of a diffusion model. With two or more, their spread is written too.
+        Samples of a diffusion model; with two or more, their spread is written too. The spread of other models follows
+        from the errors that they made in training, without samples.
+    keep_samples
+        Write each sample as an image ``NAME_sample1``, ...; else `stsr.samples` draws them on request.
     steps, sampler, guidance
         How a diffusion model is sampled.
     use_lr
@@ -176,7 +180,8 @@ def superres(
             method,
             scale=scale,
             genes=chosen or genes,
-            samples=samples if method is loaded or method.method.samples else None,
+            samples=samples if method is loaded or method.method.samples or keep_samples else None,
+            keep_samples=keep_samples,
             use_lr=use_lr,
             spots=spots,
             consistency=consistency,

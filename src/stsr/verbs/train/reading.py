@@ -143,6 +143,7 @@ def _section(
         usable=plan.usable,
         trainable=plan.trainable,
         means=means,
+        divided=plan.section.divided_from_um / needs.bin_um,
         per_spot=means.sum(1) * np.array([areas[kind] for kind in config.spots]),
     )
 

@@ -39,6 +39,8 @@ class TrainingSection:
     """(height, width) bool, bins that are not used for validation, either."""
     means: np.ndarray
     """(kinds, g) float32: `stsr.methods.batch.lr_mean` of each kind of spots, of half of all counts."""
+    divided: float
+    """Side of the bins from which counts were divided by area, in bins; 0 for counts of transcripts."""
     per_spot: np.ndarray
     """(kinds,) counts of the panel in a mean spot, of half of all counts."""
 

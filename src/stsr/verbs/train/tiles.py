@@ -311,6 +311,7 @@ class TrainingTiles:
             hr=torch.from_numpy(hr),
             measured=None if all(section.measured.all() for section in self._sections) else measured,
             features=self._patch_features(tiles),
+            divided=torch.tensor([tile.section.divided for tile in tiles]),
         )
 
     def _patch_features(self, tiles: list[Tile]) -> torch.Tensor | None:
