@@ -23,19 +23,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import zarr
+from halves import most_counted
 from skimage.transform import resize
 
 import stsr
 from stsr import metrics
 from stsr.geometry.grid import Grid, add_up
-from stsr.store.section import Section, open_section
+from stsr.store.section import open_section
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from default_model import REGIONS as breast_regions
 
 UNSEEN_UM = (4800.0, 0.0, 6700.0, 3700.0)  # ends where bins were measured
 REGIONS = {"kidney": {"exclude": [UNSEEN_UM], "validation": [[3800, 0, 4400, 1200]]}}
-GENES = 200
 FACTORS = (2, 4, 8)
 SETTINGS = {"gap_lr": 2, "select": "last", "validation_tiles": 16, "storage": "float16"}
 STEPS = {"unet": 1200, "c3diff": 600, "diffst": 600}
@@ -141,7 +141,7 @@ class Bench:
         section = open_section(self.store)
         assert section.hr is not None
         self.area: Grid = section.hr.grid.crop_um(*UNSEEN_UM)
-        self.genes = _most_counted(section)
+        self.genes = most_counted(section, UNSEEN_UM)
         self.truth = section.map("hr_10um_unseen").read(self.genes, window=self.area).astype(float)
         self.other = section.hr.read(self.genes, window=self.area).astype(float) - self.truth
 
@@ -269,19 +269,6 @@ class Bench:
             print(f"| {label} | {part['seed'].nunique()} | " + " | ".join(cells) + " |")
         ceilings = " | ".join(f"{self.ceiling(factor):.3f}" for factor in FACTORS)
         print(f"| noise ceiling | | {ceilings} | " + " | " * len(FACTORS))
-
-
-def _most_counted(section: Section) -> list[str]:
-    """The genes with the most counts in spots outside the unseen part, without mitochondrial ones."""
-    spots = section.spots
-    assert spots is not None
-    x0, y0, x1, y1 = UNSEEN_UM
-    x, y = spots.centres_um.T
-    outside = (x < x0) | (x > x1) | (y < y0) | (y > y1)
-    totals = np.asarray(spots.counts[outside].sum(0)).ravel()
-    order = np.argsort(-totals, kind="stable")
-    named = [spots.genes[index] for index in order if not spots.genes[index].startswith("MT-")]
-    return named[:GENES]
 
 
 def _resized(planes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
