@@ -174,6 +174,7 @@ def test_a_fresh_model_is_tried_where_there_are_enough_spots(section, model, mon
         "unadapted",
         "adapted",
         "trained on this slide alone",
+        "kriged spots",
     }
     assert set(found.record["steps"].values()) <= {0, 3, 6}
 
@@ -199,6 +200,35 @@ def test_a_model_from_nothing_starts_from_kriged_spots(visium_section, fresh_cop
         "this slide",
     )
     assert made["raster"]["base"] == "raster"
+
+
+def test_kriged_spots_are_what_models_are_compared_with(section, model):
+    _, one = _adapt(section, model)
+    _, other = _adapt(section, model, base="raster")
+    losses = [found.record["loss_of_reserved_spots"] for found in (one, other)]
+    assert losses[0]["kriged spots"] == losses[1]["kriged spots"]
+    # By hand: kriging from the spots that are kept, summed over the reserved ones.
+    method = load(None, "kriged", section, use_lr=True, device=torch.device("cpu"))
+    slide = Slide.of(_maker(section)(_loaded(section, model)), 0)
+    scored, _ = adaptation._genes(section.spots, _loaded(section, model).method.panel)
+    job = with_denoised(_maker(section)(method, kept=slide.kept, genes=scored), silent)
+    maps = job.counts.kriged(scored, np.arange(len(slide.kept))).maps(job.grid)
+    rate = np.maximum(section.spots.take(slide.reserved).measurement(job.grid).add_up(maps), 1e-6)
+    counts = section.spots.select(scored)[slide.reserved].toarray()
+    by_hand = (rate - counts * np.log(rate)).sum() / counts.sum()
+    assert losses[0]["kriged spots"] == pytest.approx(by_hand, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "without, said", [(0.5, "no better than --method kriged"), (2.0, "without image: 2.0000")]
+)
+def test_the_user_is_told_when_the_image_does_not_help(section, model, without, said):
+    loaded = _loaded(section, model)
+    found = [
+        own_spots.Candidate(name, loaded, loss, 1) for name, loss in (("unadapted", 1.2), ("adapted", 1.0))
+    ]
+    assert said in adaptation._outcome(found, without, 10, "auto", "auto").note
+    assert said in adaptation._outcome(found[:1], without, 10, "auto", "auto").note
 
 
 def test_time_is_limited(section, model):

@@ -13,6 +13,7 @@ import torch
 
 from stsr.errors import UsageError
 from stsr.methods.batch import lr_mean
+from stsr.methods.interpolation import Kriged
 from stsr.methods.method import channels_last
 from stsr.methods.regression import RegressionConfig, UNetRegression
 from stsr.progress import Progress
@@ -21,7 +22,7 @@ from stsr.store.parts import Spots
 from stsr.verbs.superres.job import SuperresJob
 from stsr.verbs.superres.loading import Loaded, of_views
 from stsr.verbs.superres.own_spots import LEAST_SPOTS, Candidate, Schedule, Slide, Training
-from stsr.verbs.superres.spots import AUTO, KRIGED, with_denoised
+from stsr.verbs.superres.spots import AUTO, KRIGED, RASTER, with_denoised
 
 Make = Callable[[Loaded, str, np.ndarray | None, Sequence[str]], SuperresJob]
 
@@ -146,6 +147,9 @@ def adapt(
     # Denoised for both models at once.
     every = with_denoised(make(given, fresh_base, slide.kept, [*scored, *fresh_panel]), progress)
     job = _sharing(make(given, base, slide.kept, scored), every)
+    kriged = make(_kriging(given, spots), AUTO, slide.kept, scored)
+    kriged = with_denoised(kriged, progress) if base == RASTER else _sharing(kriged, every)
+    without = slide.loss(kriged)
     before = Candidate("unadapted", loaded, slide.loss(job), 0)
     found = [before]
     tuned = replace(given, method=copy.deepcopy(given.method))
@@ -156,25 +160,36 @@ def adapt(
         runs.append((ALONE, _sharing(fresh, every), FRESH))
     for name, start, how in runs:
         found.append(Training(start, slide, how, seed).run(name, deadline, progress, interruption))
-    return _outcome(found, len(slide.reserved), base, fresh_base)
+    return _outcome(found, without, len(slide.reserved), base, fresh_base)
 
 
-def _outcome(found: list[Candidate], reserved: int, base: str, fresh_base: str) -> Adapted:
-    """The candidate with the lowest loss; the first one is the given model."""
+def _outcome(found: list[Candidate], without: float, reserved: int, base: str, fresh_base: str) -> Adapted:
+    """The candidate with the lowest loss; the first one is the given model, ``without`` the loss of kriged spots."""
     before, best = found[0], min(found, key=lambda candidate: candidate.loss)
     given: Any = before.loaded.method
     record = {
         "kept": best.name,
         "reserved_spots": reserved,
-        "loss_of_reserved_spots": {each.name: round(each.loss, 5) for each in found},
+        "loss_of_reserved_spots": {
+            **{each.name: round(each.loss, 5) for each in found},
+            "kriged spots": round(without, 5),
+        },
         "steps": {each.name: each.steps for each in found},
     }
+    compared = (
+        f"; kriged spots predict them better still ({without:.4f}), so this map is no better than --method kriged"
+        if without < best.loss
+        else f"; kriged spots, without image: {without:.4f}"
+    )
     if best is before:
-        note = f"the model was not adapted: {reserved} reserved spots are predicted best without"
+        note = (
+            f"the model was not adapted: {reserved} reserved spots are predicted best without "
+            f"(Poisson loss per count {best.loss:.4f}){compared}"
+        )
         return Adapted(before.loaded, record, note, base)
     note = (
         f"{reserved} reserved spots are predicted best by the model {best.name} "
-        f"(Poisson loss per count {best.loss:.4f}, {before.loss - best.loss:.4f} less than unadapted)"
+        f"(Poisson loss per count {best.loss:.4f}; unadapted {before.loss:.4f}){compared}"
     )
     if given.samples and not best.loaded.method.samples:
         note += "; it does not sample, so no spread is written"
@@ -182,6 +197,12 @@ def _outcome(found: list[Candidate], reserved: int, base: str, fresh_base: str) 
         note += "; its spread is that of the given model"
     kept = of_views(best.loaded, given.config.views)
     return Adapted(kept, record, note, fresh_base if best.name == ALONE else base)
+
+
+def _kriging(given: Loaded, spots: Spots) -> Loaded:
+    """Kriging, which needs neither model nor image: what a model has to be better than."""
+    config = Kriged.Config(bin_um=given.method.requirements.bin_um)
+    return replace(given, method=Kriged(config, tuple(spots.genes)).eval(), name="kriged", model="kriged")
 
 
 def _sharing(job: SuperresJob, fitted: SuperresJob) -> SuperresJob:

@@ -135,7 +135,7 @@ class Slide:
         predicted = np.zeros(counts.shape)
         assigned = np.zeros(len(self.reserved), bool)
         method: Any = job.loaded.method
-        panel = field_of(job, list(method.panel), _each(method.panel), kriged=False)
+        panel = field_of(job, list(job.read_panel), _each(job.read_panel), kriged=False)
         field = field_of(job, job.genes, job.mixtures)
         was = method.training
         method.eval()
@@ -280,11 +280,10 @@ def _each(panel: Sequence[str]) -> np.ndarray:
 
 def _expected(method: Any, batch: Batch, factors: torch.Tensor) -> torch.Tensor:
     """Expected counts (g, bins), some genes at a time."""
-    parts = [
-        method.log_rate(batch.of_genes(chosen), factors)[0].exp().flatten(1)
-        for chosen in torch.arange(len(batch.names)).split(64)
-    ]
-    return torch.cat(parts)
+    parts = [batch.of_genes(chosen) for chosen in torch.arange(len(batch.names)).split(64)]
+    if method.knows_mean:
+        return torch.cat([method.mean(part, factors)[0].flatten(1) for part in parts])
+    return torch.cat([method.predict(part, None, factors)[0].flatten(1) for part in parts])
 
 
 def _rate(schedule: Schedule, step: int) -> float:
