@@ -124,6 +124,8 @@ def test_the_newest_super_resolved_map_is_the_default(store):
     made = open_section(store).provenance["gec_x10"]
     assert made["command"] == "gec" and made["source"] == "superres_x10" and "mean map" in made["values"]
     assert made["places"] == result.places and "Clifford" in made["test"]
+    assert any("no evidence" in note for note in result.notes)
+    assert not any("no evidence" in note for note in gec(store, source="hr_10um", overwrite=True).notes)
 
 
 def test_clusters_pairs_and_lags(store):

@@ -43,6 +43,13 @@ LEVEL = 0.05
 _BASELINES = ("bilinear", "bicubic", "kriged")
 
 
+INFERRED = (
+    "the counts are inferred: expected counts correlate more strongly than measured ones, and p-values of inferred "
+    "counts are no evidence that two genes are related; test measured counts"
+)
+"""Note on the result of anything that was not measured."""
+
+
 @dataclass(frozen=True)
 class Gec:
     """What `gec` wrote.
@@ -177,6 +184,8 @@ def _run(section: Section, job: GecJob, progress: Progress, report: Report, bega
     asked = _chosen(places, job.genes)
     values, *layers = values_of([places, *others], asked)
     genes, moments, notes = _varying(values, asked)
+    if not names.is_measured_name(places.name):
+        notes = [*notes, INFERRED]
     lags = [known_pair(genes, pair) for pair in job.lags]
     shared = shared_genes(genes, layers, job.denoise_truth) if layers else None
     table = correlate(values, places, genes=genes, top=job.top, lags=lags, progress=progress)
