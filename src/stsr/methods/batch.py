@@ -62,6 +62,43 @@ class Requirements:
 
 
 @dataclass(frozen=True)
+class SpotTargets:
+    """What the spots of tiles measured, where counts per bin are not known: b tiles with up to s spots.
+
+    Attributes
+    ----------
+    over
+        (b, s, H, W) fraction of each bin that each spot covers; 0 where a tile has fewer spots.
+    counts
+        (b, g, s) measured counts.
+    weight
+        (b, s) weight in the loss; 0 where a tile has fewer spots.
+    """
+
+    over: torch.Tensor
+    counts: torch.Tensor
+    weight: torch.Tensor
+
+    def sums(self, maps: torch.Tensor) -> torch.Tensor:
+        """Maps (b, g, H, W) added up over spots: (b, g, s)."""
+        return torch.einsum("bgyx,bsyx->bgs", maps, self.over)
+
+    def to(self, device: torch.device | str) -> SpotTargets:
+        """Copy to a device."""
+        return SpotTargets(
+            *(part.to(device, non_blocking=True) for part in (self.over, self.counts, self.weight))
+        )
+
+    def of_tiles(self, chosen: slice) -> SpotTargets:
+        """Select tiles."""
+        return SpotTargets(self.over[chosen], self.counts[chosen], self.weight[chosen])
+
+    def of_genes(self, chosen: torch.Tensor) -> SpotTargets:
+        """Select genes by index (n,)."""
+        return replace(self, counts=self.counts[:, chosen])
+
+
+@dataclass(frozen=True)
 class Batch:
     """Tiles with all modalities: b tiles, g genes, p panel genes.
 
@@ -95,6 +132,8 @@ class Batch:
     divided
         (b,) side of the bins from which the counts of ``hr`` were divided by area, in bins; 0 for counts of
         transcripts. None for all 0.
+    targets
+        What spots measured, in training on sections without counts per bin.
     """
 
     image: torch.Tensor
@@ -109,6 +148,7 @@ class Batch:
     features: torch.Tensor | None = None
     base: torch.Tensor | None = None
     divided: torch.Tensor | None = None
+    targets: SpotTargets | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the batch to a device."""
@@ -116,7 +156,8 @@ class Batch:
         tensors: dict[str, Any] = {
             k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, torch.Tensor)
         }
-        return replace(self, **tensors)
+        targets = None if self.targets is None else self.targets.to(device)
+        return replace(self, targets=targets, **tensors)
 
     def without_lr(self, drop: torch.Tensor) -> Batch:
         """Hide the spots of some tiles: ``drop`` (b,) bool."""
@@ -143,6 +184,7 @@ class Batch:
             features=None if self.features is None else self.features[chosen],
             base=None if self.base is None else self.base[chosen],
             divided=None if self.divided is None else self.divided[chosen],
+            targets=None if self.targets is None else self.targets.of_tiles(chosen),
         )
 
     def of_genes(self, chosen: torch.Tensor) -> Batch:
@@ -156,6 +198,7 @@ class Batch:
             hr=None if self.hr is None else self.hr[:, chosen],
             measured=None if self.measured is None else self.measured[:, chosen],
             base=None if self.base is None else self.base[:, chosen],
+            targets=None if self.targets is None else self.targets.of_genes(chosen),
         )
 
     def known(self) -> torch.Tensor:

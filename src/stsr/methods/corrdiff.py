@@ -83,6 +83,7 @@ class CorrDiff(UNetRegression):
     Config = CorrDiffConfig
     config: CorrDiffConfig
     samples = True
+    learns_from_spots = False  # its residual is learned from counts per bin
     knows_mean = True
 
     turn: torch.Tensor

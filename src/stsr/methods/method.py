@@ -125,6 +125,8 @@ class Method(nn.Module, ABC):
     """True if predictions depend on noise."""
     needs_kriging: ClassVar[bool] = False
     """True if batches must have kriged spots as their base."""
+    learns_from_spots: ClassVar[bool] = False
+    """True if the loss takes batches with the counts of spots instead of counts per bin."""
     added_buffers: ClassVar[tuple[str, ...]] = ()
     """Buffers that weights of earlier versions lack; they keep their initial values."""
     encoder: ImageEncoder

@@ -12,12 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from stsr.diffusion.noise import TileNoise
-from stsr.methods.batch import Batch
+from stsr.methods.batch import Batch, SpotTargets
 from stsr.methods.method import Method, TileConfig, check_positive, check_probability, interpolated
 from stsr.nn.blocks import ConvBlock
 from stsr.nn.unet import UNet
 from stsr.spread.dispersion import LENGTHS_UM, Dispersion
 from stsr.spread.fitting import Moments, fit
+
+_LEAST_COUNTS = 1e-6  # expected per spot; keeps the logarithm finite
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class UNetRegression(Method):
 
     Config = RegressionConfig
     config: RegressionConfig
+    learns_from_spots = True
     added_buffers = ("dispersion_shared", "dispersion_own", "dispersion_genes")
 
     dispersion_shared: torch.Tensor
@@ -177,6 +180,8 @@ class UNetRegression(Method):
         order = torch.randperm(genes, generator=generator, device=generator.device)
         part = batch.of_genes(order[: self.config.genes_per_step].to(batch.lr.device))
         log_rate = self.log_rate(part, factors)
+        if part.targets is not None:
+            return poisson_of_spots(log_rate.exp(), part.targets, part.known()) * (genes / len(part.names))
         bins = log_rate.shape[0] * log_rate.shape[2] * log_rate.shape[3]
         known = part.known()[..., None, None]  # (b, g, 1, 1)
         total = (known * log_rate.exp()).sum() - (known * part.truth() * log_rate).sum()
@@ -194,6 +199,8 @@ class UNetRegression(Method):
         """Fit the dispersion of counts around predictions on validation tiles."""
         moments = Moments(len(self.panel))
         for batch in batches:
+            if batch.hr is None:
+                continue  # spots show no errors below their own size
             mean = self.log_rate(batch, self.condition(batch)).exp().cpu().numpy()
             level = (self.scale(batch) / self.requirements.per_lr**2).cpu().numpy()
             truth, known = batch.truth().cpu().numpy(), batch.known().bool().cpu().numpy()
@@ -218,3 +225,17 @@ class UNetRegression(Method):
         self.dispersion_shared.copy_(torch.tensor(dispersion.shared))
         self.dispersion_own.copy_(torch.tensor(dispersion.own))
         self.dispersion_genes.copy_(torch.from_numpy(dispersion.factors(self.panel)))
+
+
+def poisson_of_spots(maps: torch.Tensor, targets: SpotTargets, known: torch.Tensor) -> torch.Tensor:
+    """Weighted Poisson negative log-likelihood of spots, given maps (b, g, H, W); per bin, summed over genes.
+
+    Parameters
+    ----------
+    known
+        (b, g) 1 for genes that were measured, else 0.
+    """
+    rate = targets.sums(maps).clamp_min(_LEAST_COUNTS)  # (b, g, s)
+    loss = (rate - targets.counts * rate.log()) * known[..., None] * targets.weight[:, None]
+    bins = (targets.weight * targets.over.sum((2, 3))).sum()
+    return loss.sum() / bins.clamp_min(1e-6)

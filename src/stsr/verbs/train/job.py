@@ -22,6 +22,7 @@ from stsr.store.section import Section, open_section
 from stsr.verbs.train.config import TrainConfig, read_config, resolve
 from stsr.verbs.train.features import check_settings, read_features
 from stsr.verbs.train.section import check_section
+from stsr.verbs.train.slides import SlideTiles, check_slide
 from stsr.verbs.train.tiles import TrainingTiles
 from stsr.version import __version__
 
@@ -37,7 +38,7 @@ class TrainingJob:
     method: type[Method]
     method_config: Any
     config: TrainConfig
-    tiles: TrainingTiles
+    tiles: TrainingTiles | SlideTiles
     device: torch.device
     seed: int
     """Determines all random numbers."""
@@ -91,31 +92,34 @@ def make_job(
     """
     if not sections:
         raise UsageError("no section was given; name at least one section")
-    name = method or DEFAULT_METHOD
+    opened = [open_section(path) for path in sections]
+    by_spots = _only_spots(opened)
+    name = method or ("unet" if by_spots else DEFAULT_METHOD)
     chosen = _learning(name)
+    if by_spots and not chosen.learns_from_spots:
+        raise UsageError(
+            f"{name} needs counts per bin, and {opened[0].name} has only spots; leave out --method, or give unet"
+        )
     extra = [] if steps is None else [f"train.steps={steps}"]
-    given = read_config(config)
+    given = _started_from(init, by_spots) | read_config(config)
     method_config, training = resolve(chosen, given, [*settings, *extra])
     where = resolve_device(device)
     regions = _read_regions(regions)
-    opened = [open_section(path) for path in sections]
     progress(0, 1, f"reading {len(opened)} section{'s' if len(opened) > 1 else ''}")
-    _check_sections(opened, method_config.requirements(()), report)
+    _check_sections(opened, method_config.requirements(()), report, by_spots)
     cached = read_features(
         opened, features, chosen, device=where, overwrite=overwrite, compute=not dry_run, progress=progress
     )
     method_config, training = resolve(chosen, {**cached.settings, **given}, [*settings, *extra])
     check_settings(method_config, cached)
-    tiles = TrainingTiles(
-        opened,
-        method_config.requirements(()),
-        training,
-        val=val,
-        regions=regions,
-        seed=seed,
-        features=cached.maps,
-        progress=progress,
-    )
+    options: dict[str, Any] = {"val": val, "regions": regions, "seed": seed, "features": cached.maps}
+    needs = method_config.requirements(())
+    tiles: TrainingTiles | SlideTiles
+    if by_spots:
+        panel = None if init is None or training.genes else checkpoint.describe(init)["panel"]
+        tiles = SlideTiles(opened, needs, training, panel=panel, progress=progress, **options)
+    else:
+        tiles = TrainingTiles(opened, needs, training, progress=progress, **options)
     whole = {
         "stsr": __version__,
         "method": name,
@@ -154,10 +158,35 @@ def _learning(name: str) -> type[Method]:
     return chosen
 
 
-def _check_sections(sections: Sequence[Section], needs: Requirements, report: Report) -> None:
+def _only_spots(sections: Sequence[Section]) -> bool:
+    """Whether the sections have spots, but no counts per bin.
+
+    Raises
+    ------
+    UsageError
+        If that is so for some of them.
+    """
+    spots = [section for section in sections if section.hr is None and section.spots is not None]
+    if spots and len(spots) < len(sections):
+        raise UsageError(
+            f"{spots[0].name} has only spots, and others have counts per bin; train on either kind, then on the other "
+            "with --init"
+        )
+    return bool(spots)
+
+
+def _started_from(init: str | Path | None, by_spots: bool) -> dict[str, Any]:
+    """Settings of the model that training on spots starts from."""
+    return {"method": checkpoint.describe(init)["config"]} if init is not None and by_spots else {}
+
+
+def _check_sections(sections: Sequence[Section], needs: Requirements, report: Report, by_spots: bool) -> None:
     """Check that sections can be used for training, and report images that are coarser than the method reads."""
     for section in sections:
-        check_section(section, needs)
+        if by_spots:
+            check_slide(section)
+        else:
+            check_section(section, needs)
         image = section.image
         if image is not None and not image.resolves(needs.image_um):
             report(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -28,7 +29,8 @@ def validate(job: TrainingJob, folder: RunFolder, state: State, progress: Progre
         for name, term in terms.items():
             totals[name] = totals.get(name, 0.0) + float(term) * len(batch) / job.tiles.validation_count
         if state.ema.knows_mean or not state.ema.samples:  # one prediction costs no more than a loss
-            moments = add_moments(_predicted(state.ema, batch), batch.truth(), batch.known(), moments)
+            for compared in _compared(_predicted(state.ema, batch), batch):
+                moments = add_moments(*compared, moments)
     line = {f"val_{name}": value for name, value in totals.items()}
     if moments is not None:
         line["val_pcc"] = mean_pcc(moments)
@@ -40,6 +42,21 @@ def validate(job: TrainingJob, folder: RunFolder, state: State, progress: Progre
     shown = f", PCC {line['val_pcc']:.3f}" if "val_pcc" in line else ""
     label = f"step {state.step}/{job.config.steps}, validation {loss:.4f}{shown}"
     progress(state.step, job.config.steps, label)
+
+
+def _compared(
+    predicted: torch.Tensor, batch: Batch
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Predicted and measured counts, and which genes are known, for `add_moments`: per bin, or per validation spot."""
+    targets = batch.targets
+    if targets is None:
+        yield predicted, batch.truth(), batch.known()
+        return
+    sums = targets.sums(predicted)  # (b, g, s)
+    for tile in range(len(batch)):
+        chosen = targets.weight[tile] > 0
+        both = (values[tile : tile + 1, :, chosen, None] for values in (sums, targets.counts))
+        yield (*both, batch.known()[tile : tile + 1])  # type: ignore[misc]  # two values
 
 
 def _predicted(method: Method, batch: Batch) -> torch.Tensor:
