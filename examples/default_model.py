@@ -71,13 +71,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
-    stores = [prepared(asked.data / "breast" / name, asked.work, organ="breast") for name in BREAST]
-    kidney = prepared(asked.data / "kidney" / KIDNEY, asked.work, organ="kidney", spots="visium")
+    stores = sections(asked.data, asked.work)
     stsr.train(
-        [*stores, kidney],
+        stores,
         asked.output,
         method=asked.method,
-        config={**SETTINGS, "genes": panel(stores[0], kidney)},
+        config={**SETTINGS, "genes": panel(stores)},
         settings=asked.settings,
         regions=REGIONS,
         seed=asked.seed,
@@ -85,6 +84,12 @@ def main() -> None:
         progress=lambda done, total, label: print(f"{100 * done / total:5.1f} %  {label}", flush=True),
     )
     print(asked.output)
+
+
+def sections(data: Path, work: Path) -> list[Path]:
+    """The stores of the breast and of the kidney, prepared if they are not there."""
+    breast = [prepared(data / "breast" / name, work, organ="breast") for name in BREAST]
+    return [*breast, prepared(data / "kidney" / KIDNEY, work, organ="kidney", spots="visium")]
 
 
 def prepared(folder: Path, work: Path, **options) -> Path:
@@ -95,17 +100,16 @@ def prepared(folder: Path, work: Path, **options) -> Path:
     return store
 
 
-def panel(breast: Path, kidney: Path) -> list[str]:
+def panel(stores: list[Path]) -> list[str]:
     """The genes of the Xenium sections, and those that the kidney has most of outside its held-out part."""
-    hr, spots = open_section(breast).hr, open_section(kidney).spots
+    hr, spots = open_section(stores[0]).hr, open_section(stores[-1]).spots
     assert hr is not None
     assert spots is not None
     (x0, y0, x1, y1), (x, y) = REGIONS[KIDNEY]["exclude"][0], spots.centres_um.T
     totals = np.asarray(spots.counts[(x < x0) | (x > x1) | (y < y0) | (y > y1)].sum(0)).ravel()
-    order = [spots.genes[index] for index in np.argsort(-totals, kind="stable")]
-    return list(
-        dict.fromkeys([*hr.genes, *[gene for gene in order if not gene.startswith("MT-")][:KIDNEY_GENES]])
-    )
+    order = (spots.genes[index] for index in np.argsort(-totals, kind="stable"))
+    nuclear = [gene for gene in order if not gene.startswith("MT-")]
+    return list(dict.fromkeys([*hr.genes, *nuclear[:KIDNEY_GENES]]))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ from scipy import sparse
 from spatialdata.models import Image2DModel
 
 import stsr
-from stsr import metrics
+from stsr import checkpoint, metrics
 from stsr.errors import UsageError
 from stsr.geometry.grid import Grid, add_up
 from stsr.geometry.measurement import Measurement
+from stsr.methods import method_class
 from stsr.store import elements
 from stsr.store.section import Section, open_section
 
@@ -133,6 +134,9 @@ class Bench:
     def run(self, label: str, **options) -> None:
         """Predict the region, and keep the scores."""
         print(label, file=sys.stderr)
+        name = checkpoint.describe(options["model"])["method"] if "model" in options else options["method"]
+        if self.samples and method_class(name).samples:  # no dispersion to draw from
+            options |= {"samples": self.samples, "keep_samples": True}
         made = stsr.superres(
             self.store,
             genes=self.genes,

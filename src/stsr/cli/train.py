@@ -29,7 +29,10 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of training steps.")] = None,
     val: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Fraction of each section's tissue held out for validation.")
+        float,
+        typer.Option(
+            min=0, max=0.9, help="Fraction of each section's tissue, or spots, held out for validation."
+        ),
     ] = 0.15,
     regions: Annotated[
         Path | None, typer.Option(help="JSON file of rectangles to exclude or to validate on.")
@@ -50,7 +53,7 @@ def train(
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Train a super-resolution model on sections with measured bins. Prints the path of the model."""
+    """Train a super-resolution model on sections with measured bins, or with spots. Prints the path of the model."""
     import stsr
 
     made = stsr.train(

@@ -46,7 +46,8 @@ def train(
     Parameters
     ----------
     sections
-        Stores with counts per bin and an image, as `stsr prepare` makes them from Xenium folders.
+        Stores with counts per bin and an image, as `stsr prepare` makes them from Xenium folders; or stores of which
+        only spots were measured (`stsr.verbs.train.slides`).
     output
         The checkpoint to write. Log and state are kept in ``<its stem>.run`` beside it.
     method
@@ -59,7 +60,7 @@ def train(
     steps
         Number of training steps; overrides both.
     val
-        Fraction of each section's tissue that is kept for validation. With 0, the last weights are kept.
+        Fraction of each section's tissue, or spots, that is kept for validation. With 0, the last weights are kept.
     regions
         ``{section name: {"exclude": [[x0, y0, x1, y1], ...], "validation": [...]}}``, um, or a JSON file of it.
     device
