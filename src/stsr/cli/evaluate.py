@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 
 Folds = Annotated[int, typer.Option(min=2, help="Number of folds: each hides one part of the spots.")]
 NoImage = Annotated[bool, typer.Option("--no-image", help="Compare interpolations only, without the H&E.")]
+Adapt = Annotated[
+    int,
+    typer.Option(
+        "--adapt",
+        metavar="STEPS",
+        min=0,
+        help="Also compare the model adapted to the visible spots of each fold; slower.",
+    ),
+]
 Table = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="CSV", help="Write the scores of each gene.")
 ]
@@ -38,6 +47,7 @@ def evaluate(
     genes: options.Genes = None,
     folds: Folds = 5,
     no_image: NoImage = False,
+    adapt: Adapt = 0,
     output: Table = None,
     figure: Figure = None,
     seed: options.Seed = 0,
@@ -60,6 +70,7 @@ def evaluate(
         genes=wanted,
         folds=folds,
         image=not no_image,
+        adapt_steps=adapt,
         seed=seed,
         device=device,
         progress=console.progress,

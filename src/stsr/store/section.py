@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -297,6 +298,13 @@ class Section:
         raise StsrError(
             f"{self.path.name} has neither spots nor an image; run: stsr prepare {self.path} --he IMAGE"
         )
+
+    def of_spots(self, rows: np.ndarray) -> Section:
+        """The same section as if only some of its spots had been measured, by index."""
+        assert self.spots is not None
+        other = copy.copy(self)
+        other.__dict__["spots"] = self.spots.take(rows)  # instead of the cached ones
+        return other
 
     def grid(self, bin_um: float) -> Grid:
         """The section's raster with bins of this size; the same area at every bin size.

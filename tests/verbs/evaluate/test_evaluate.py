@@ -14,10 +14,13 @@ from stsr.errors import StsrError, UsageError
 from stsr.methods import method_class
 from stsr.signals import interruptible
 from stsr.store.section import open_section
+from stsr.verbs.evaluate import hiding
 from stsr.verbs.evaluate.hiding import Hiding
 from stsr.verbs.evaluate.verdict import sentence
-from stsr.verbs.evaluate.ways import BILINEAR, KRIGED, MODEL, WHITE, ways_of
+from stsr.verbs.evaluate.ways import ADAPTED, BILINEAR, KRIGED, MODEL, WHITE, ways_of
+from stsr.verbs.superres import adaptation, own_spots
 from stsr.verbs.superres.loading import load
+from stsr.verbs.superres.own_spots import Schedule
 
 GENES = ["GATA3", "LUM", "LYZ", "EPCAM"]
 
@@ -35,11 +38,18 @@ def model(tissue, tmp_path_factory):
     return checkpoint.save(tmp_path_factory.mktemp("m") / "m.safetensors", method, "unet", {})
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The simulated slide has some forty spots."""
+    monkeypatch.setattr(own_spots, "LEAST_SPOTS", 15)
+    monkeypatch.setattr(adaptation, "TUNE", Schedule(steps=4, tiles=1, learning_rate=5e-3, check_every=2))
+
+
 def _hiding(section, model, interruption):
     device = torch.device("cpu")
     simple = [load(None, name, section, use_lr=True, device=device) for name in ("bilinear", "kriged")]
     loaded = load(model, None, section, use_lr=True, device=device)
-    return Hiding(section, GENES, ways_of(*simple, loaded, ""), 0, interruption)
+    return Hiding(section, GENES, ways_of(*simple, loaded, "", adapt_steps=4), 0, interruption)
 
 
 def test_hidden_counts_take_no_part(visium_section, model, monkeypatch):
@@ -119,6 +129,27 @@ def test_evaluate(visium_section, model, tmp_path):
     from stsr.verbs.evaluate.figure import evaluation_figure
 
     assert evaluation_figure(result, tmp_path / "e.png").stat().st_size > 20_000
+
+
+def test_an_adapted_model_is_that_of_superres_without_the_hidden_spots(visium_section, model, monkeypatch):
+    """The spots that adaptation sees are those of the fold, and it is asked for the given steps."""
+    section = open_section(visium_section)
+    hidden = np.arange(0, len(section.spots.centres_um), 4)
+    seen = []
+
+    def spied(loaded, make, spots, **options):
+        seen.append((spots, options["steps"]))
+        return adaptation.adapt(loaded, make, spots, **options)
+
+    monkeypatch.setattr(hiding, "adapt", spied)
+    with interruptible() as interruption:
+        whole = _hiding(section, model, interruption)
+        found = dict(zip([way.label for way in whole.ways], whole.predict(hidden), strict=True))
+    ((spots, steps),) = seen
+    assert steps == 4
+    kept = np.setdiff1d(np.arange(len(section.spots.centres_um)), hidden)
+    np.testing.assert_array_equal(spots.centres_um, section.spots.centres_um[kept])
+    assert np.nanmax(np.abs(found[ADAPTED] - found[MODEL])) > 0
 
 
 def test_a_section_without_image_compares_interpolations(visium_section, fresh_copy):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,8 +12,10 @@ from stsr.progress import silent
 from stsr.signals import Interruption
 from stsr.store.section import Section
 from stsr.verbs.evaluate.ways import Way
+from stsr.verbs.superres.adaptation import adapt
 from stsr.verbs.superres.features import with_features
 from stsr.verbs.superres.job import SuperresJob, make_job
+from stsr.verbs.superres.loading import Loaded
 from stsr.verbs.superres.predict import predicted_maps
 from stsr.verbs.superres.spots import AUTO, DENOISED, KRIGED, NONE, SpotCounts
 
@@ -52,30 +56,65 @@ class Hiding:
         found: dict[int, np.ndarray] = {}
         for inputs in dict.fromkeys(way.inputs for way in self.ways):
             alike = [number for number, way in enumerate(self.ways) if way.inputs == inputs]
-            jobs = [self._job(self.ways[number], kept, fitted) for number in alike]
+            ways = [self.ways[number] for number in alike]
+            if ways[0].adapt_steps:
+                ways = [replace(way, loaded=self._adapted(way, kept)) for way in ways]
+            jobs = [self._job(way, kept, fitted) for way in ways]
             found |= dict(zip(alike, self._sums(jobs, hidden), strict=True))
         return [found[number] for number in range(len(self.ways))]
 
     def _job(self, way: Way, kept: np.ndarray, fitted: SpotCounts | None = None) -> SuperresJob:
+        job = self._made(self.section, way, kept, self.genes)
+        assert job.counts is not None  # the section has spots
+        return job if fitted is None else replace(job, counts=job.counts.sharing(fitted))
+
+    def _made(
+        self,
+        section: Section,
+        way: Way,
+        kept: np.ndarray | None,
+        genes: Sequence[str] | None,
+        base: str = AUTO,
+    ) -> SuperresJob:
         job = make_job(
-            self.section,
+            section,
             way.loaded,
             scale=100 / way.loaded.method.requirements.bin_um,
-            genes=self.genes,
-            samples=1,
+            genes=genes,
+            samples=None,
             use_lr=True,
             spots=way.spots,
             consistency=way.consistency,
-            base=AUTO,
+            base=base,
             region=None,
             name="evaluated",
             seed=self.seed,
             kept=kept,
         )
-        assert job.counts is not None  # the section has spots
-        counts = job.counts if fitted is None else job.counts.sharing(fitted)
-        job = replace(job, sees_image=way.sees_image, counts=counts)
+        job = replace(job, sees_image=way.sees_image, samples=1)
         return with_features(job, None, overwrite=False, progress=silent, report=silent)
+
+    def _adapted(self, way: Way, kept: np.ndarray) -> Loaded:
+        """The model of a way, adapted to the visible spots as `superres` adapts it to all of them."""
+        visible = self.section.of_spots(kept)
+
+        def make(
+            loaded: Loaded, base: str, rows: np.ndarray | None, genes: Sequence[str] | None
+        ) -> SuperresJob:
+            return self._made(visible, replace(way, loaded=loaded), rows, genes, base)
+
+        found = adapt(
+            way.loaded,
+            make,
+            visible.spots,
+            base=AUTO,
+            steps=way.adapt_steps,
+            minutes=math.inf,
+            seed=self.seed,
+            progress=silent,
+            interruption=self.interruption,
+        )
+        return found.loaded
 
     def _fitted(self, kept: np.ndarray) -> SpotCounts:
         """Visible spots denoised and ready for kriging, once for all ways."""

@@ -13,6 +13,7 @@ import pandas as pd
 from stsr.device import resolve_device
 from stsr.errors import StsrError, UsageError
 from stsr.genes import wanted_genes
+from stsr.methods.regression import UNetRegression
 from stsr.progress import Progress, Report, silent
 from stsr.signals import interruptible
 from stsr.store.parts import Spots
@@ -67,6 +68,7 @@ def evaluate(
     genes: Sequence[str] | None = None,
     folds: int = 5,
     image: bool = True,
+    adapt_steps: int = 0,
     seed: int = 0,
     device: str = "auto",
     progress: Progress | None = None,
@@ -91,6 +93,9 @@ def evaluate(
         Number of folds, at least 2.
     image
         False compares interpolations only.
+    adapt_steps
+        Also compare the model adapted to the visible spots of each fold by this many steps, as ``superres --adapt``
+        does; 0 leaves it out, which is much faster.
     seed
         Of the folds and resamples.
     device
@@ -111,7 +116,7 @@ def evaluate(
     progress, report = progress or silent, report or silent
     section = open_section(store)
     spots = _checked(section, folds)
-    ways, panel = _ways(section, model, image=image, device=device)
+    ways, panel = _ways(section, model, image=image, adapt_steps=adapt_steps, device=device)
     chosen = _genes(spots, panel, genes)
     hidden_in = {
         SCATTERED: scattered(len(spots.centres_um), folds, seed),
@@ -153,10 +158,12 @@ def _checked(section: Section, folds: int) -> Spots:
 
 
 def _ways(
-    section: Section, model: str | Path | None, *, image: bool, device: str
+    section: Section, model: str | Path | None, *, image: bool, adapt_steps: int, device: str
 ) -> tuple[list[Way], tuple[str, ...]]:
     """The ways to compare, and the panel of the model; without an H&E there is no model."""
     where = resolve_device(device)
+    if adapt_steps < 0:
+        raise UsageError(f"--adapt is a number of steps, or 0, not {adapt_steps}")
     bilinear, kriged = (
         load(None, name, section, use_lr=True, device=where) for name in ("bilinear", "kriged")
     )
@@ -170,7 +177,11 @@ def _ways(
         return ways_of(bilinear, kriged, None, ""), ()
     loaded = of_views(load(model, None, section, use_lr=True, device=where), 1)
     options = "" if model is None else f"--model {model}"
-    return ways_of(bilinear, kriged, loaded, options), loaded.method.requirements.panel
+    if adapt_steps and not isinstance(loaded.method, UNetRegression):
+        raise UsageError(
+            f"{loaded.name} cannot be adapted to a slide; leave out --adapt, or use unet or corrdiff"
+        )
+    return ways_of(bilinear, kriged, loaded, options, adapt_steps), loaded.method.requirements.panel
 
 
 def _predicted(

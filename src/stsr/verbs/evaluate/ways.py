@@ -22,6 +22,8 @@ class Way:
         As in `stsr.superres`, resolved.
     sees_image
         False shows a white slide instead of the H&E.
+    adapt_steps
+        Steps by which the model is adapted to the visible spots first; 0 for none.
     options
         Options of ``stsr superres`` that make maps this way; empty if there are none.
     """
@@ -31,12 +33,13 @@ class Way:
     spots: str
     consistency: str
     sees_image: bool = True
+    adapt_steps: int = 0
     options: str = ""
 
     @property
-    def inputs(self) -> tuple[int, str, bool]:
+    def inputs(self) -> tuple[int, str, bool, int]:
         """Ways with equal inputs differ in what is done to the finished map only."""
-        return id(self.loaded), self.spots, self.sees_image
+        return id(self.loaded), self.spots, self.sees_image, self.adapt_steps
 
 
 RAW_BILINEAR = "bilinear, raw"
@@ -44,9 +47,12 @@ BILINEAR = "bilinear, denoised"
 KRIGED = "kriged, denoised"
 MODEL = "model, denoised"
 WHITE = f"{MODEL}, no H&E"
+ADAPTED = f"{MODEL}, adapted"
 
 
-def ways_of(bilinear: Loaded, kriged: Loaded, model: Loaded | None, model_options: str) -> list[Way]:
+def ways_of(
+    bilinear: Loaded, kriged: Loaded, model: Loaded | None, model_options: str, adapt_steps: int = 0
+) -> list[Way]:
     """List interpolation and kriging, and the model, if there is one, with raw and denoised spots and consistency.
 
     Parameters
@@ -57,6 +63,8 @@ def ways_of(bilinear: Loaded, kriged: Loaded, model: Loaded | None, model_option
         The model to compare with it.
     model_options
         How ``stsr superres`` is given this model.
+    adapt_steps
+        Steps of adapting the model to the slide; 0 leaves that way out.
     """
     found = [
         Way(label, method, spots, NONE, options=f"--method {name} --spots {spots} --consistency none")
@@ -72,4 +80,7 @@ def ways_of(bilinear: Loaded, kriged: Loaded, model: Loaded | None, model_option
         label = f"model, {spots}" + (", consistent" if consistency != NONE else "")
         options = f"{model_options} --spots {spots} --consistency {consistency} --adapt off".strip()
         found.append(Way(label, model, spots, consistency, options=options))
+    if adapt_steps:
+        options = f"{model_options} --spots {DENOISED} --consistency {NONE} --adapt {adapt_steps}".strip()
+        found.append(Way(ADAPTED, model, DENOISED, NONE, adapt_steps=adapt_steps, options=options))
     return [*found, Way(WHITE, model, DENOISED, NONE, sees_image=False)]
