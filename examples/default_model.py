@@ -92,11 +92,11 @@ def sections(data: Path, work: Path) -> list[Path]:
     return [*breast, prepared(data / "kidney" / KIDNEY, work, organ="kidney", spots="visium")]
 
 
-def prepared(folder: Path, work: Path, **options) -> Path:
+def prepared(folder: Path, work: Path, *, organ: str, spots: str | None = None) -> Path:
     """The store of a section, prepared if it is not there."""
     store = work / f"{folder.name}.zarr"
     if not store.exists():
-        stsr.prepare(folder, store, **options)
+        stsr.prepare(folder, store, organ=organ, spots=spots)
     return store
 
 

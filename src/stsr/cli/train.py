@@ -21,7 +21,7 @@ def train(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write (.safetensors).")],
     method: Annotated[
-        str | None, typer.Option(help="Method to train: corrdiff, c3diff, diffst or unet.")
+        str | None, typer.Option(help="Method to train: unet, corrdiff, c3diff or diffst.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
     settings: Annotated[

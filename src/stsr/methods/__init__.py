@@ -10,7 +10,7 @@ from stsr.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from stsr.methods.method import Method
 
-DEFAULT_METHOD = "corrdiff"
+DEFAULT_METHOD = "unet"
 """The method that `stsr train` trains by default, and that of the packaged model."""
 
 METHODS = {

@@ -78,6 +78,7 @@ def test_bins_of_8_um_are_divided_by_area(made, hd_folder):
     assert np.array_equal(divided, placed(sixteenths, 2, section.hr.grid))
     assert np.array_equal(divided.sum((1, 2), dtype=np.float64), counts.sum((1, 2)))
     facts = section.provenance["hr_10um"]
+    assert section.divided_from_um == 8.0
     assert (facts["divided_by_area_from_um"], facts["totals_per_gene_kept_to"]) == (8.0, 1e-6)
 
 

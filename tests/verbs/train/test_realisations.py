@@ -60,6 +60,7 @@ class Tissue:
     """Counts about known rates, which differ from pixel to pixel of 100 um and from gene to gene."""
 
     unseen = tissue = organ = None
+    divided_from_um = 0.0
 
     def __init__(self, name="one", lr=(16, 14), seed=0, mean=1.0):
         rng = np.random.default_rng(seed)

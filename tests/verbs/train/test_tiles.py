@@ -82,7 +82,7 @@ class FakeSection:
         self.hr = Maps(grid, genes, rng.poisson(rates, (len(genes), *grid.shape)).astype(np.uint16))
         self.image = Picture(self.hr)
         self.tissue = None if tissue is None else Everywhere(tissue)
-        self.organ = organ
+        self.organ, self.divided_from_um = organ, 0.0
 
     def grid(self, bin_um):
         return self.hr.grid.at(bin_um)
@@ -526,7 +526,9 @@ def test_fractions_of_a_store_train_with_their_second_half(xenium_section, tmp_p
     parts = {name: sdata[name] for name in ("he", "tissue")}
     for name, part in (("hr_10um_unseen", 0.25), ("hr_10um", 0.5)):
         parts[name] = (whole * np.float32(part)).assign_attrs(whole.attrs).chunk()
-    store = publishing.create(tmp_path / "half.zarr", elements.store_of(parts), {})
+    store = publishing.create(
+        tmp_path / "half.zarr", elements.store_of(parts), {"hr_10um": {"divided_by_area_from_um": 8.0}}
+    )
     zarr.open_group(store, mode="r+").attrs[names.ORGAN_KEY] = "breast"
     section = open_section(store)
     assert section.organ == "breast" and section.hr.genes == section.unseen.genes
@@ -534,4 +536,5 @@ def test_fractions_of_a_store_train_with_their_second_half(xenium_section, tmp_p
     assert torch.equal(batch.lr, add_up(batch.hr, 10)) and batch.lr.sum() > 0  # both halves are equal here
     counts = section.hr.read().sum()
     assert 0 < batch.hr.sum() < counts / 2
+    assert batch.divided.tolist() == pytest.approx([0.8, 0.8])
     assert open_section(xenium_section).organ is None and open_section(xenium_section).unseen is None

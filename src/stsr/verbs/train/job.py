@@ -94,7 +94,7 @@ def make_job(
         raise UsageError("no section was given; name at least one section")
     opened = [open_section(path) for path in sections]
     by_spots = _only_spots(opened)
-    name = method or ("unet" if by_spots else DEFAULT_METHOD)
+    name = method or DEFAULT_METHOD
     chosen = _learning(name)
     if by_spots and not chosen.learns_from_spots:
         raise UsageError(
