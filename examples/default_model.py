@@ -26,7 +26,7 @@ KIDNEY_GENES = 400  # the most counted outside the part that is held out, beside
 # um, in the coordinates of each section. The sections of the breast come from one block: the same tissue appears
 # rotated by 90 degrees in the serial section, and shifted by (2440, 3300) um in the whole section.
 REGIONS = {
-    "xenium_same_he": {"exclude": [[1000, 900, 2000, 1900]], "validation": [[0, 0, 600, 600]]},
+    "xenium_same_he": {"exclude": [[1000, 900, 2000, 1900]], "validation": [[0, 0, 700, 700]]},
     "xenium_serial_he": {"exclude": [[100, 1010, 1180, 2110], [1383, 0, 1990, 640]], "validation": []},
     "section_h5ad": {
         "exclude": [[3440, 4200, 4440, 5200], [2440, 3300, 3040, 3900]],
@@ -48,6 +48,7 @@ SETTINGS = {
     "coarse": 0.2,
     "validate_every": 250,
     "storage": "float16",
+    "spread_from": ["xenium_same_he", "visium_hd"],  # the whole section holds a random part of its cells
 }
 PROVENANCE = {
     "data": "10x Genomics: FFPE human breast cancer block, Janesick et al. 2023, Nat Commun 14:8353; "

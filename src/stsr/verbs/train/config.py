@@ -86,6 +86,9 @@ class TrainConfig:
         ``"best"`` keeps the weights with the smallest validation loss, ``"last"`` the last ones.
     storage
         ``"float32"``, or ``"float16"`` for a checkpoint of half the size.
+    spread_from
+        Names of the sections on whose validation tiles the spread is fitted; all by default. Sections in which a
+        part of the cells is missing would make it too large.
     bf16, compile
         On CUDA: bfloat16 autocast, and torch.compile (worthwhile from some thousand steps).
     prefetch
@@ -126,6 +129,7 @@ class TrainConfig:
     save_seconds: float = 60.0
     select: str = "best"
     storage: str = "float32"
+    spread_from: tuple[str, ...] = ()
     bf16: bool = True
     compile: bool = False
     prefetch: int = 2

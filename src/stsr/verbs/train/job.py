@@ -104,6 +104,7 @@ def make_job(
     given = _started_from(init, by_spots) | read_config(config)
     method_config, training = resolve(chosen, given, [*settings, *extra])
     where = resolve_device(device)
+    _check_spread_from(training, opened)
     regions = _read_regions(regions)
     progress(0, 1, f"reading {len(opened)} section{'s' if len(opened) > 1 else ''}")
     _check_sections(opened, method_config.requirements(()), report, by_spots)
@@ -156,6 +157,16 @@ def _learning(name: str) -> type[Method]:
             f"{name} has no parameters to train; use it directly: stsr superres STORE --method {name}"
         )
     return chosen
+
+
+def _check_spread_from(config: TrainConfig, sections: Sequence[Section]) -> None:
+    """Refuse names that are not those of sections."""
+    known = [section.name for section in sections]
+    for name in config.spread_from:
+        if name not in known:
+            raise UsageError(
+                f"spread_from names {name!r}, which is not one of the sections: {', '.join(known)}"
+            )
 
 
 def _only_spots(sections: Sequence[Section]) -> bool:

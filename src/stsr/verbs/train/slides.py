@@ -8,7 +8,7 @@ below their own size but what the image tells.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -203,10 +203,11 @@ class SlideTiles:
         )
         return self._assemble([self._drawn(*place, rng) for place in self.sampler.draw(size, rng)])
 
-    def validation_batches(self, size: int = 8) -> Iterator[Batch]:
-        """Yield the validation tiles, always the same and without augmentation."""
-        for first in range(0, len(self._held_out), size):
-            yield self._assemble(self._held_out[first : first + size])
+    def validation_batches(self, size: int = 8, sections: Collection[str] = ()) -> Iterator[Batch]:
+        """Yield the validation tiles, of all or of the named sections, always the same and without augmentation."""
+        tiles = [tile for tile in self._held_out if not sections or tile.slide.name in sections]
+        for first in range(0, len(tiles), size):
+            yield self._assemble(tiles[first : first + size])
 
     # ---------------------------------------------------------------------------------------------- preparing
 

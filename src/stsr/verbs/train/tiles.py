@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -198,10 +198,11 @@ class TrainingTiles:
         taken = set(places)
         return self._assemble([self._drawn(*place, rng, taken) for place in places])
 
-    def validation_batches(self, size: int = 8) -> Iterator[Batch]:
-        """Yield the validation tiles, always the same and without augmentation."""
-        for first in range(0, len(self._held_out), size):
-            yield self._assemble(self._held_out[first : first + size])
+    def validation_batches(self, size: int = 8, sections: Collection[str] = ()) -> Iterator[Batch]:
+        """Yield the validation tiles, of all or of the named sections, always the same and without augmentation."""
+        tiles = [tile for tile in self._held_out if not sections or tile.section.name in sections]
+        for first in range(0, len(tiles), size):
+            yield self._assemble(tiles[first : first + size])
 
     # ---------------------------------------------------------------------------------------------- drawing tiles
 

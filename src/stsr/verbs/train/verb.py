@@ -177,7 +177,8 @@ def _save_model(job: TrainingJob, state: State, output: Path, provenance: dict |
     best = job.config.select == "best" and bool(state.best_weights)
     if best:
         state.ema.load_state_dict(state.best_weights)
-    batches = (batch.to(job.device) for batch in job.tiles.validation_batches(job.config.batch))
+    calibrating = job.tiles.validation_batches(job.config.batch, job.config.spread_from)
+    batches = (batch.to(job.device) for batch in calibrating)
     state.ema.finish(state.ema.completed(batch) for batch in batches)
     # Tiles hold a part of the counts; without spots, a prediction has the depth of the whole sections.
     state.ema.reference.div_(torch.from_numpy(job.tiles.depth).to(state.ema.reference.device))
