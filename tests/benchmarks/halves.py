@@ -162,7 +162,8 @@ class Bench:
         sets = {"Poisson": rng.poisson(mean[chosen], (self.samples, *truth.shape)).astype(np.float32)}
         try:
             drawn = stsr.samples(self.store, element, self.samples, self.region, genes=self.sampled)
-            sets["samples"] = drawn.sel(x=self.area.centres_um()[0], y=self.area.centres_um()[1]).values
+            x, y = self.area.centres_um()
+            sets["samples"] = drawn.sel(x=x, y=y, method="nearest").values
         except UsageError as error:
             print("   ", error, file=sys.stderr)
         for kind, values in sets.items():

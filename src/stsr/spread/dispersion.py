@@ -12,7 +12,7 @@ LENGTHS_UM = (0.0, 10.0, 25.0, 60.0)
 """Lengths of the Gaussian fields of which errors are sums, um: white noise, cells, structures, neighbourhoods."""
 
 LOW_EXPRESSION = 1.0
-"""Where a gene is expressed at this fraction of its mean, its own relative variance is twice that at high levels."""
+"""Where a gene is expressed at this fraction of its mean, its relative variance is twice that at high levels."""
 
 _LEAST_LEVEL = 1 / 16  # of a gene's mean; below it, relative variance rises no further
 
@@ -22,15 +22,15 @@ class Dispersion:
     """Expression is ``mean x u x v`` with log-normal ``u``, which all genes share, and ``v`` of each gene, of mean 1.
 
     The logarithms of u and v are sums of Gaussian fields, of which field k has correlation
-    ``exp(-distance^2 / (4 length_k^2))``, so that errors of the map are similar in neighbouring bins. The relative
-    variance of v rises where a gene is low: a bin with a tenth of the mean may still contain a cell that expresses it.
+    ``exp(-distance^2 / (4 length_k^2))``, so that errors of the map are similar in neighbouring bins. Relative variances
+    rise where a gene is low: a bin with a tenth of the mean may still contain a cell that expresses it.
 
     Parameters
     ----------
     shared
-        (k,) relative variance of u in each field, for bins much smaller than all lengths.
+        (k,) relative variance of u in each field, in bins of ``bin_um``, at levels far above a gene's mean.
     own
-        (k,) the same of v of a typical gene, at a level far above its mean.
+        (k,) the same of v of a typical gene.
     genes
         Factors of ``own`` by gene name; 1 for others.
     lengths_um
@@ -60,10 +60,10 @@ class Dispersion:
         wider = np.sqrt(lengths**2 + (bin_um**2 - self.bin_um**2) / 12)  # variance of a bin's width is 1/12
         return np.where(lengths > 0, wider, 0) / bin_um
 
-    def own_variance(
-        self, mean: np.ndarray, level: np.ndarray, genes: Sequence[str], bin_um: float
-    ) -> np.ndarray:
-        """Relative variance (g, y, x) of v.
+    def sd(self, mean: np.ndarray, level: np.ndarray, genes: Sequence[str], bin_um: float) -> np.ndarray:
+        """Standard deviation (g, y, x) of the expected counts around a map.
+
+        Counting noise comes on top: measured counts have the variance ``sd^2 + mean``.
 
         Parameters
         ----------
@@ -77,17 +77,15 @@ class Dispersion:
             Side of the bins, um.
         """
         relative = np.maximum(mean / np.maximum(level, 1e-12)[:, None, None], _LEAST_LEVEL)
-        typical = self.of_sums(bin_um)[1].sum() * self.factors(genes)
-        return typical[:, None, None] * (1 + LOW_EXPRESSION / relative)
+        rise = 1 + LOW_EXPRESSION / relative
+        shared, own = self.totals(genes, bin_um)
+        variance = (1 + shared * rise) * (1 + own[:, None, None] * rise) - 1
+        return (mean * np.sqrt(variance)).astype(np.float32)
 
-    def sd(self, mean: np.ndarray, level: np.ndarray, genes: Sequence[str], bin_um: float) -> np.ndarray:
-        """Standard deviation (g, y, x) of the expected counts around a map; parameters as for `own_variance`.
-
-        Counting noise comes on top: measured counts have the variance ``sd^2 + mean``.
-        """
-        shared = self.of_sums(bin_um)[0].sum()
-        own = self.own_variance(mean, level, genes, bin_um)
-        return (mean * np.sqrt((1 + shared) * (1 + own) - 1)).astype(np.float32)
+    def totals(self, genes: Sequence[str], bin_um: float) -> tuple[float, np.ndarray]:
+        """Relative variances of u, and of v of each gene (g,), at high levels, in bins of this side, um."""
+        shared, own = (float(part.sum()) for part in self.of_sums(bin_um))
+        return shared, own * self.factors(genes)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""

@@ -44,15 +44,23 @@ def drawn_rates(
     """
     shared, own = dispersion.of_sums(bin_um)
     lengths = dispersion.lengths_in_bins(bin_um)
-    common = shared.sum()
-    u = _log_normal(_field("all genes", mean.shape[1:], lengths, shared, corner, noise), common)
+    common, single = dispersion.totals(genes, bin_um)
+    u = _field("all genes", mean.shape[1:], lengths, shared, corner, noise)
     rates = np.empty(mean.shape, np.float32)
     for number, gene in enumerate(genes):
         relative = (sd[number] / np.maximum(mean[number], 1e-30)).astype(np.float64) ** 2
-        variance = np.maximum((1 + relative) / (1 + common) - 1, 0)
-        field = _field(f"gene {gene}", mean.shape[1:], lengths, own, corner, noise)
-        rates[number] = mean[number] * u * _log_normal(field, variance)
+        rise = _rise(relative, common, float(single[number]))
+        v = _field(f"gene {gene}", mean.shape[1:], lengths, own, corner, noise)
+        rates[number] = mean[number] * _log_normal(u, common * rise) * _log_normal(v, single[number] * rise)
     return rates
+
+
+def _rise(relative: np.ndarray, shared: float, own: float) -> np.ndarray:
+    """Solve ``(1 + shared rise) (1 + own rise) = 1 + relative`` for the rise of variances at low levels."""
+    both, product = shared + own, shared * own
+    if product < 1e-12:
+        return relative / max(both, 1e-30)
+    return (np.sqrt(both**2 + 4 * product * relative) - both) / (2 * product)
 
 
 def _log_normal(field: np.ndarray, variance: np.ndarray | float) -> np.ndarray:

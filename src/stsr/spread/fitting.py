@@ -36,7 +36,7 @@ class Moments:
         self.between = np.zeros(scales)
         """Products of the errors of different genes."""
         self.products = np.zeros(scales)
-        """Products of the expected counts of different genes."""
+        """Products of what errors of different genes are in proportion to: the root of `basis`."""
         self.total = np.zeros(genes)
         """Expected counts."""
 
@@ -71,8 +71,14 @@ class Moments:
             self.squares[scale, known] += (a * a).sum(1)
             self.low[scale, known] += a.sum(1) * level[known] * factor**2
             self.between[scale] += ((b - a).sum(0) ** 2).sum() - squares.sum()
-            self.products[scale] += (a.sum(0) ** 2).sum() - (a * a).sum()
+            scatter = a * a + LOW_EXPRESSION * a * (level[known] * factor**2)[:, None]
+            self.products[scale] += (np.sqrt(scatter).sum(0) ** 2).sum() - scatter.sum()
         self.total[known] += mean[known].sum((1, 2))
+
+    @property
+    def basis(self) -> np.ndarray:
+        """What squared errors are in proportion to, (scales, g): they rise where genes are low."""
+        return self.squares + LOW_EXPRESSION * self.low
 
 
 def counting_noise(factor: int, divided: float) -> float:
@@ -102,8 +108,8 @@ def fit(moments: Moments, genes: Sequence[str], bin_um: float) -> Dispersion | N
     kept = np.array([kept_variance(LENGTHS_UM, bin_um, factor) for factor in FACTORS])[usable]  # (scales, k)
     shared = _fields(kept, moments.between[usable] / moments.products[usable])
     common = (kept @ shared)[:, None]  # (scales, 1)
-    excess = (moments.excess[usable] - common * moments.squares[usable]) / (1 + common)
-    basis = moments.squares[usable] + LOW_EXPRESSION * moments.low[usable]  # (scales, g)
+    basis = moments.basis[usable]  # (scales, g)
+    excess = (moments.excess[usable] - common * basis) / (1 + common)
     weight = 1 / np.maximum(moments.total, 1e-9)
     own = _fields(kept, (excess * weight).sum(1) / np.maximum((basis * weight).sum(1), 1e-30))
     coarse = np.array(FACTORS)[usable] >= 4  # fine bins are nearly all counting noise
