@@ -1,9 +1,9 @@
-"""Fit the spread of a model on maps of sections: python tests/benchmarks/spread.py MODEL OUTPUT --area STORE X0 Y0 X1 Y1
+"""Fit the spread of a model on maps: python tests/benchmarks/spread.py MODEL OUTPUT --area STORE X0 Y0 X1 Y1
 
-Training fits the spread on whole validation tiles of 600 um. Where few fit into the validation areas, this script does
-it on finished maps of areas of any shape that the model was not trained on (`--area` may be repeated). The stores hold
-spots from one half of the counts and the other half as ``hr_*um_unseen``: Visium HD sections by `stsr prepare`, or what
-`tests/benchmarks/halves.py` makes of a Xenium section. OUTPUT is the model with this spread.
+Training fits the spread on whole validation tiles of 600 um. Where few fit into the validation areas, this script
+does it on finished maps of areas of any shape that the model was not trained on (`--area` may be repeated). The stores
+hold spots from one half of the counts and the other half as ``hr_*um_unseen``: Visium HD sections by `stsr prepare`, or
+what `tests/benchmarks/halves.py` makes of a Xenium section. OUTPUT is the model with this spread.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def test_low_expression_is_relatively_less_certain():
     assert TRUE.sd(np.zeros((1, 2, 2), np.float32), np.ones(1), ["other gene"], 10.0).max() == 0
 
 
-def fitted(divided=False, tiles=16):
+def fitted(tiles=48):
     moments = Moments(len(GENES))
     rng = np.random.default_rng(1)
     mean = smooth_maps(side=60)

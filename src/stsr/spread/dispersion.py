@@ -22,8 +22,8 @@ class Dispersion:
     """Expression is ``mean x u x v`` with log-normal ``u``, which all genes share, and ``v`` of each gene, of mean 1.
 
     The logarithms of u and v are sums of Gaussian fields, of which field k has correlation
-    ``exp(-distance^2 / (4 length_k^2))``, so that errors of the map are similar in neighbouring bins. Relative variances
-    rise where a gene is low: a bin with a tenth of the mean may still contain a cell that expresses it.
+    ``exp(-distance^2 / (4 length_k^2))``, so that errors of the map are similar in neighbouring bins. Relative
+    variances rise where a gene is low: a bin with a tenth of the mean may still contain a cell that expresses it.
 
     Parameters
     ----------
