@@ -64,7 +64,8 @@ Consistency = Annotated[
 Base = Annotated[
     str,
     typer.Option(
-        help="What models start from between spots: raster (interpolation) or kriged. auto: raster."
+        help="What models start from between spots: raster (interpolation) or kriged. auto: kriged if the model is "
+        "adapted to the slide, else raster."
     ),
 ]
 _adapting = partial(typer.Option, rich_help_panel="Adaptation to the slide")

@@ -227,8 +227,8 @@ def test_the_user_is_told_when_the_image_does_not_help(section, model, without, 
     found = [
         own_spots.Candidate(name, loaded, loss, 1) for name, loss in (("unadapted", 1.2), ("adapted", 1.0))
     ]
-    assert said in adaptation._outcome(found, without, 10, "auto", "auto").note
-    assert said in adaptation._outcome(found[:1], without, 10, "auto", "auto").note
+    assert said in adaptation._outcome(found, without, 10, "auto").note
+    assert said in adaptation._outcome(found[:1], without, 10, "auto").note
 
 
 def test_time_is_limited(section, model):

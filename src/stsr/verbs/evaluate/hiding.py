@@ -58,7 +58,7 @@ class Hiding:
             alike = [number for number, way in enumerate(self.ways) if way.inputs == inputs]
             ways = [self.ways[number] for number in alike]
             if ways[0].adapt_steps:
-                ways = [replace(way, loaded=self._adapted(way, kept)) for way in ways]
+                ways = [self._adapted(way, kept) for way in ways]
             jobs = [self._job(way, kept, fitted) for way in ways]
             found |= dict(zip(alike, self._sums(jobs, hidden), strict=True))
         return [found[number] for number in range(len(self.ways))]
@@ -74,7 +74,6 @@ class Hiding:
         way: Way,
         kept: np.ndarray | None,
         genes: Sequence[str] | None,
-        base: str = AUTO,
     ) -> SuperresJob:
         job = make_job(
             section,
@@ -85,7 +84,7 @@ class Hiding:
             use_lr=True,
             spots=way.spots,
             consistency=way.consistency,
-            base=base,
+            base=way.base,
             region=None,
             name="evaluated",
             seed=self.seed,
@@ -94,14 +93,14 @@ class Hiding:
         job = replace(job, sees_image=way.sees_image, samples=1)
         return with_features(job, None, overwrite=False, progress=silent, report=silent)
 
-    def _adapted(self, way: Way, kept: np.ndarray) -> Loaded:
-        """The model of a way, adapted to the visible spots as `superres` adapts it to all of them."""
+    def _adapted(self, way: Way, kept: np.ndarray) -> Way:
+        """A way with its model adapted to the visible spots, as `superres` adapts it to all of them."""
         visible = self.section.of_spots(kept)
 
         def make(
             loaded: Loaded, base: str, rows: np.ndarray | None, genes: Sequence[str] | None
         ) -> SuperresJob:
-            return self._made(visible, replace(way, loaded=loaded), rows, genes, base)
+            return self._made(visible, replace(way, loaded=loaded, base=base), rows, genes)
 
         found = adapt(
             way.loaded,
@@ -114,7 +113,7 @@ class Hiding:
             progress=silent,
             interruption=self.interruption,
         )
-        return found.loaded
+        return replace(way, loaded=found.loaded, base=found.base)
 
     def _fitted(self, kept: np.ndarray) -> SpotCounts:
         """Visible spots denoised and ready for kriging, once for all ways."""

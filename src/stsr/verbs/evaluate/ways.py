@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stsr.verbs.superres.loading import Loaded
-from stsr.verbs.superres.spots import DENOISED, EXACT, NONE, RAW
+from stsr.verbs.superres.spots import AUTO, DENOISED, EXACT, NONE, RAW
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Way:
         False shows a white slide instead of the H&E.
     adapt_steps
         Steps by which the model is adapted to the visible spots first; 0 for none.
+    base
+        As in `stsr.superres`.
     options
         Options of ``stsr superres`` that make maps this way; empty if there are none.
     """
@@ -34,6 +36,7 @@ class Way:
     consistency: str
     sees_image: bool = True
     adapt_steps: int = 0
+    base: str = AUTO
     options: str = ""
 
     @property

@@ -29,7 +29,7 @@ Make = Callable[[Loaded, str, np.ndarray | None, Sequence[str]], SuperresJob]
 OFF = "off"
 ALONE = "trained on this slide alone"
 
-TUNE = Schedule(steps=75, tiles=2, learning_rate=2e-4, check_every=25)
+TUNE = Schedule(steps=300, tiles=2, learning_rate=2e-4, check_every=50)
 FRESH = Schedule(steps=300, tiles=8, learning_rate=1e-3, check_every=50)
 
 LEAST_SPOTS_FRESH = 600
@@ -117,7 +117,7 @@ def adapt(
     spots
         Measured spots of the section.
     base
-        As ``base`` of `stsr.superres`; ``auto`` is kriged for a model from nothing.
+        As ``base`` of `stsr.superres`; ``auto`` is kriged.
     steps
         Steps of adapting the given model; None for the default number, and a model from nothing beside it.
     minutes
@@ -143,9 +143,9 @@ def adapt(
     given = of_views(loaded, 1)
     scored, fresh_panel = _genes(spots, method.panel)
     slide = Slide.of(make(given, base, None, scored), seed)
-    fresh_base = KRIGED if base == AUTO else base
+    base = KRIGED if base == AUTO else base
     # Denoised for both models at once.
-    every = with_denoised(make(given, fresh_base, slide.kept, [*scored, *fresh_panel]), progress)
+    every = with_denoised(make(given, base, slide.kept, [*scored, *fresh_panel]), progress)
     job = _sharing(make(given, base, slide.kept, scored), every)
     kriged = make(_kriging(given, spots), AUTO, slide.kept, scored)
     kriged = with_denoised(kriged, progress) if base == RASTER else _sharing(kriged, every)
@@ -156,14 +156,14 @@ def adapt(
     schedule = TUNE if steps is None else replace(TUNE, steps=steps)
     runs = [("adapted", replace(job, loaded=tuned), schedule)]
     if steps is None and len(slide.kept) >= LEAST_SPOTS_FRESH:
-        fresh = make(_fresh(given, job, fresh_panel, seed), fresh_base, slide.kept, scored)
+        fresh = make(_fresh(given, job, fresh_panel, seed), base, slide.kept, scored)
         runs.append((ALONE, _sharing(fresh, every), FRESH))
     for name, start, how in runs:
         found.append(Training(start, slide, how, seed).run(name, deadline, progress, interruption))
-    return _outcome(found, without, len(slide.reserved), base, fresh_base)
+    return _outcome(found, without, len(slide.reserved), base)
 
 
-def _outcome(found: list[Candidate], without: float, reserved: int, base: str, fresh_base: str) -> Adapted:
+def _outcome(found: list[Candidate], without: float, reserved: int, base: str) -> Adapted:
     """The candidate with the lowest loss; the first one is the given model, ``without`` the loss of kriged spots."""
     before, best = found[0], min(found, key=lambda candidate: candidate.loss)
     given: Any = before.loaded.method
@@ -196,13 +196,15 @@ def _outcome(found: list[Candidate], without: float, reserved: int, base: str, f
     elif best.name == ALONE and best.loaded.method.dispersion is not None:
         note += "; its spread is that of the given model"
     kept = of_views(best.loaded, given.config.views)
-    return Adapted(kept, record, note, fresh_base if best.name == ALONE else base)
+    return Adapted(kept, record, note, base)
 
 
 def _kriging(given: Loaded, spots: Spots) -> Loaded:
     """Kriging, which needs neither model nor image: what a model has to be better than."""
     config = Kriged.Config(bin_um=given.method.requirements.bin_um)
-    return replace(given, method=Kriged(config, tuple(spots.genes)).eval(), name="kriged", model="kriged")
+    return replace(
+        given, method=Kriged(config, tuple(spots.genes)).eval(), name="kriged", model="kriged", base=AUTO
+    )
 
 
 def _sharing(job: SuperresJob, fitted: SuperresJob) -> SuperresJob:

@@ -23,7 +23,7 @@ from stsr.store.parts import FeatureMap, Spots
 from stsr.store.section import SUPPORT_UM, Section
 from stsr.verbs.superres.loading import Loaded
 from stsr.verbs.superres.mixtures import mixtures
-from stsr.verbs.superres.spots import NONE, SpotCounts, spot_counts
+from stsr.verbs.superres.spots import AUTO, NONE, SpotCounts, spot_counts
 from stsr.version import __version__
 
 DEFAULT_SAMPLES = 4
@@ -183,7 +183,7 @@ def make_job(
             table,
             spots,
             consistency,
-            base,
+            loaded.base if base == AUTO else base,
             are_sums=section.spots_are_sums,
             kriges=method.needs_kriging,
         )

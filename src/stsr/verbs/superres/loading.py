@@ -15,6 +15,7 @@ from stsr.geometry.grid import LR_UM, raster_um
 from stsr.methods import method_class
 from stsr.methods.method import Method, channels_last
 from stsr.store.section import Section
+from stsr.verbs.superres.spots import AUTO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class Loaded:
     device: torch.device
     features: dict[str, Any] = field(default_factory=dict)
     """Patch features that a checkpoint was trained with; empty without."""
+    base: str = AUTO
+    """What ``auto`` means for the base of its maps: what an adapted model was trained with."""
 
 
 def load(
@@ -61,6 +64,7 @@ def load(
             digest=loaded.digest,
             device=device,
             features=loaded.provenance.get("features") or {},
+            base=loaded.provenance.get("base", AUTO),
         )
     chosen: Any = method_class(method)
     if chosen.learns:

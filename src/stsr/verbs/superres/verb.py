@@ -21,7 +21,7 @@ from stsr.signals import Interrupted, interruptible
 from stsr.store import catalogue
 from stsr.store.section import Section, open_section
 from stsr.store.workspace import Workspace
-from stsr.verbs.superres.adaptation import OFF, adaptable, wanted_adaptation
+from stsr.verbs.superres.adaptation import OFF, Adapted, adaptable, wanted_adaptation
 from stsr.verbs.superres.adaptation import adapt as adapt_model
 from stsr.verbs.superres.features import with_features
 from stsr.verbs.superres.job import SuperresJob, check_included, make_job, notes_on_result
@@ -118,8 +118,8 @@ def superres(
         denoised, unless the spots were simulated as sums of all counts.
     base
         What methods start from between spots: ``raster``, linear interpolation; or ``kriged`` log densities
-        (`stsr.spots.kriging`). ``auto``: the raster, which models are trained with; kriged for a model that is trained
-        on this slide alone.
+        (`stsr.spots.kriging`). ``auto``: the raster, which models are trained with; kriged where the model is adapted
+        to the slide.
     consistency
         What maps are made to add up to: ``exact``, the measured counts of the spots; ``denoised``, their expected
         counts; ``none``. ``auto``: exact for spots that were simulated as sums, else none, because a map that agrees
@@ -222,7 +222,7 @@ def superres(
             notes=[*job.notes, found.note],
         )
         if save_model is not None:
-            _save(found.loaded, save_model, job)
+            _save(found, save_model, job)
     job = with_denoised(job, progress)
     with interruptible() as interruption, _destination(section.path, output) as target:
         error = write_maps(
@@ -248,14 +248,15 @@ def superres(
     )
 
 
-def _save(loaded: Loaded, path: str | Path, job: SuperresJob) -> None:
+def _save(found: Adapted, path: str | Path, job: SuperresJob) -> None:
     """Write an adapted model, with what it was adapted to."""
     provenance = {
         "trained_on": job.section.name,
         "adapted_from": job.provenance.get("model"),
         "adaptation": job.provenance["adaptation"],
+        "base": found.base,
     }
-    checkpoint.save(path, loaded.method, loaded.name, provenance)
+    checkpoint.save(path, found.loaded.method, found.loaded.name, provenance)
 
 
 def _check_output(section: Section, output: str | Path | None) -> None:
