@@ -57,9 +57,7 @@ def test_the_default_model_beats_interpolation_on_unseen_tissue(section, scale):
 
 def test_real_visium_for_genes_inside_and_outside_the_panel(real_data, tmp_path):
     store = prepare(real_data / "breast" / "visium", tmp_path / "visium.zarr")
-    made = superres(
-        store, genes=["GATA3", "LUM", "ACTB", "COL1A1"], consistency="exact", adapt="off"
-    )
+    made = superres(store, genes=["GATA3", "LUM", "ACTB", "COL1A1"], consistency="exact", adapt="off")
     assert made.consistency_error < 1e-3
     section = open_section(store)
     maps, spots = section.map(made.element), section.spots
