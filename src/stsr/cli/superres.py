@@ -57,7 +57,8 @@ SpotCounts = Annotated[
 Consistency = Annotated[
     str,
     typer.Option(
-        help="What the map adds up to over spots: exact (measured counts), denoised (expected counts) or none. "
+        help="What the map adds up to over spots: exact (measured counts), denoised (expected counts), smooth "
+        "(expected counts, in the mean of neighbouring spots) or none. "
         "auto: exact for spots simulated as sums, else none.",
     ),
 ]

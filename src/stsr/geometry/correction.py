@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.spatial import cKDTree
 
 from stsr.geometry.grid import Grid
 from stsr.geometry.measurement import Measurement
@@ -11,6 +12,10 @@ from stsr.geometry.measurement import Measurement
 _SHARED = 0.5  # exponent of the surrounding spots' mean factor, for bins between spots
 _TOLERANCE = 1e-3  # relative error, summed over the spots of a gene, at which to stop
 _ROUNDS = 50  # at most, where spots share bins
+_SMOOTH_PITCHES = 0.7  # standard deviation of the weights of spots, in distances between neighbouring spots
+_SMOOTH_REACH = 3.0  # standard deviations
+_WHOLE = 0.9  # of the median spot's area must lie in the grid
+_LEAST_COUNTS = 0.1  # added to counts of a spot, which limits ratios of single counts
 _DUST = 1e-6  # smaller fractions of a bin or spot are rounding errors
 
 
@@ -125,6 +130,52 @@ class Correction:
             return
         factor = np.log((measured + 1) / (self._matrix @ values + 1))  # (spots, g)
         flat[:, self._unseen] *= np.exp(_SHARED * (self._weights @ factor)).T.astype(flat.dtype)
+
+
+class SmoothCorrection:
+    """Moves maps towards the spots over some spots' distance, so that detail stays and the noise of one spot does not.
+
+    A map is multiplied by ``exp(sum_s k_s log((y_s + e) / ((Ax)_s + e)))``, where the Gaussian weights k of the spots
+    around a bin add up to 1. Bins far from any spot keep their values. Values in a window equal those of the whole
+    section. Parameters and attributes are those of `Correction`.
+    """
+
+    def __init__(
+        self, measurement: Measurement, window: Grid | None = None, support: np.ndarray | None = None
+    ):
+        grid = measurement.grid
+        self.window = window or grid
+        sigma = _SMOOTH_PITCHES * measurement.pitch_um
+        sizes, centres = measurement.bins_seen, measurement.centres_um
+        whole = np.flatnonzero(sizes > _WHOLE * np.median(sizes[sizes > 0]))
+        wanted = _inside(grid, self.window).ravel()
+        x, y = (axis.ravel()[wanted] for axis in np.meshgrid(*grid.centres_um()))
+        # Only spots that matter here, in the order of the section.
+        tree = cKDTree(np.column_stack([x, y]))
+        apart = tree.sparse_distance_matrix(
+            cKDTree(centres[whole]), _SMOOTH_REACH * sigma, output_type="coo_matrix"
+        )
+        used = np.unique(apart.col)
+        self.spots = whole[used]
+        weights = sp.coo_matrix(
+            (np.exp(-(apart.data**2) / (2 * sigma**2)), (apart.row, np.searchsorted(used, apart.col))),
+            shape=(len(x), len(used)),
+        ).tocsr()
+        total = np.asarray(weights.sum(1)).ravel()
+        self._weights = sp.diags(1 / np.maximum(total, _DUST)) @ weights
+        reached = wanted | (np.asarray(measurement.matrix[self.spots].sum(0)).ravel() > 0)
+        self.area = _around(grid, reached)
+        within = _inside(grid, self.area).ravel()
+        self._matrix = measurement.matrix[self.spots][:, within].astype(np.float64)
+        self._bins = np.flatnonzero(wanted[within])
+        self.beyond = 0
+
+    def apply(self, maps: np.ndarray, counts: np.ndarray) -> None:
+        """Correct maps (g, height, width) over `area` in place, towards counts (spots, g) of `spots`."""
+        flat = maps.reshape(len(maps), -1)  # (g, bins of the area), a view
+        expected = self._matrix @ flat.T.astype(np.float64)  # (spots, g)
+        ratio = np.log((counts + _LEAST_COUNTS) / (expected + _LEAST_COUNTS))
+        flat[:, self._bins] *= np.exp(self._weights @ ratio).T.astype(flat.dtype)
 
 
 def _inside(grid: Grid, window: Grid) -> np.ndarray:

@@ -129,6 +129,19 @@ def test_maps_add_up_to_what_was_asked(visium, consistency):
         assert (error < 2e-3).all() if name == consistency else (error > 0.02).all()
 
 
+def test_smooth_consistency_brings_sums_towards_expected_counts(visium):
+    """Closer than without, and not as close as sums that agree with every spot."""
+    errors = {}
+    for consistency in ("none", "smooth", "denoised"):
+        made, section, maps = _maps(visium, spots="denoised", consistency=consistency)
+        assert (made.consistency, made.consistency_error is None) == (consistency, consistency != "denoised")
+        whole = section.spots.measurement(maps.grid)
+        inside = np.asarray(whole.matrix @ ~section.support(maps.grid).ravel()).ravel() < 1e-6
+        target = _expected(section.spots)[inside]
+        errors[consistency] = np.abs(whole.add_up(maps.read(GENES))[inside] - target).sum() / target.sum()
+    assert errors["none"] > 1.03 * errors["smooth"] > 3 * errors["denoised"]
+
+
 def test_denoised_maps_are_nearer_the_truth(visium, tissue):
     grid = open_section(visium).grid(20.0)
     counts = tissue.counts(20.0, grid.x0_um, grid.y0_um, grid.width, grid.height)

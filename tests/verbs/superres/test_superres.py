@@ -235,7 +235,13 @@ def test_a_region_of_a_baseline_is_the_crop_of_the_whole(store, legacy, tmp_path
 
 
 @pytest.mark.parametrize(
-    "options", [{"consistency": "none"}, {"use_lr": False, "genes": GENES[:4]}, {"scale": 2, "samples": 1}]
+    "options",
+    [
+        {"consistency": "none"},
+        {"consistency": "smooth"},
+        {"use_lr": False, "genes": GENES[:4]},
+        {"scale": 2, "samples": 1},
+    ],
 )
 def test_a_region_is_the_crop_whatever_the_options(store, model, options):
     """At 2x bins are so large that spots share them."""

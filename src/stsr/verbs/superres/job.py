@@ -11,7 +11,7 @@ import numpy as np
 
 from stsr.errors import StsrError, UsageError
 from stsr.genes import wanted_genes
-from stsr.geometry.correction import Correction
+from stsr.geometry.correction import Correction, SmoothCorrection
 from stsr.geometry.grid import LR_UM, Grid
 from stsr.geometry.measurement import Measurement
 from stsr.methods.batch import Requirements
@@ -23,7 +23,7 @@ from stsr.store.parts import FeatureMap, Spots
 from stsr.store.section import SUPPORT_UM, Section
 from stsr.verbs.superres.loading import Loaded
 from stsr.verbs.superres.mixtures import mixtures
-from stsr.verbs.superres.spots import AUTO, NONE, SpotCounts, spot_counts
+from stsr.verbs.superres.spots import AUTO, NONE, SMOOTH, SpotCounts, spot_counts
 from stsr.version import __version__
 
 DEFAULT_SAMPLES = 4
@@ -53,7 +53,7 @@ class SuperresJob:
     """Spots over the grid; None without spots."""
     spots: np.ndarray
     """Indices of the spots of the measurement among those of `counts`."""
-    correction: Correction | None
+    correction: Correction | SmoothCorrection | None
     """Correction of maps in output bins; None if they are not corrected."""
     corrected: np.ndarray
     """Indices of the spots that the correction needs among those of `counts`."""
@@ -194,10 +194,12 @@ def make_job(
     window, coarse = _region(grid, region), grid.at(grid.bin_um * factor)
     measurement, seeing = _measurement(table, grid)
     support = section.support(coarse)
-    correction, corrected = None, seeing
+    correction: Correction | SmoothCorrection | None = None
+    corrected = seeing
     output, coarse_seeing = (measurement, seeing) if factor == 1 else _measurement(table, coarse)
     if output is not None and counts is not None and counts.consistency != NONE:
-        correction = Correction(output, window.at(coarse.bin_um), support)
+        kind = SmoothCorrection if counts.consistency == SMOOTH else Correction
+        correction = kind(output, window.at(coarse.bin_um), support)
         corrected = coarse_seeing[correction.spots]
     job = SuperresJob(
         section=section,

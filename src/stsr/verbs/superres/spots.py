@@ -24,7 +24,8 @@ NONE, EXACT = "none", "exact"
 RASTER, KRIGED = "raster", "kriged"
 SPOTS = (AUTO, RAW, DENOISED)
 BASES = (AUTO, RASTER, KRIGED)
-CONSISTENCIES = (AUTO, NONE, DENOISED, EXACT)
+SMOOTH = "smooth"
+CONSISTENCIES = (AUTO, NONE, SMOOTH, DENOISED, EXACT)
 
 _MOST_CHOICE_GENES = 300  # by which the covariance of kriging is chosen
 _FEWEST_GENES = 2  # with counts: denoising compares genes
@@ -41,7 +42,7 @@ class SpotCounts:
     read
         ``"raw"`` or ``"denoised"``: what methods read.
     consistency
-        ``"none"``, ``"denoised"`` or ``"exact"``: what maps are made to add up to.
+        ``"none"``, ``"smooth"``, ``"denoised"`` or ``"exact"``: how maps are made to add up to spots.
     base
         ``"raster"`` or ``"kriged"``: what a method starts from, between spots.
     denoised
@@ -65,7 +66,7 @@ class SpotCounts:
     @property
     def needs_denoising(self) -> bool:
         """Whether expected counts are used anywhere."""
-        return DENOISED in (self.read, self.consistency)
+        return self.read == DENOISED or self.consistency in (DENOISED, SMOOTH)
 
     def inputs(self, genes: Sequence[str], rows: np.ndarray) -> np.ndarray | sp.csr_matrix:
         """Counts (rows, genes) that methods read; 0 for genes that were not measured."""
@@ -73,7 +74,7 @@ class SpotCounts:
 
     def targets(self, genes: Sequence[str], rows: np.ndarray) -> np.ndarray:
         """Counts (rows, genes) that maps are made to add up to; 0 for genes that were not measured."""
-        if self.consistency == DENOISED:
+        if self.consistency in (DENOISED, SMOOTH):
             return self._expected(genes, rows)
         return self.spots.select(genes)[rows].toarray()
 

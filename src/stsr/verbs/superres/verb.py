@@ -122,8 +122,8 @@ def superres(
         to the slide.
     consistency
         What maps are made to add up to: ``exact``, the measured counts of the spots; ``denoised``, their expected
-        counts; ``none``. ``auto``: exact for spots that were simulated as sums, else none, because a map that agrees
-        with noisy counts copies their noise.
+        counts; ``smooth``, their expected counts in the mean of neighbouring spots; ``none``. ``auto``: exact for spots
+        that were simulated as sums, else none, because a map that agrees with noisy counts copies their noise.
     region
         (x0, y0, x1, y1), um: write only the 100 um pixels that touch it. The map equals the same area of the map of the
         whole section.
